@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 __all__ = [
     "adamw_update",
+    "check_options",
     "AdamW",
     "decay_groups",
     "warmup_cosine",
@@ -51,7 +52,17 @@ def adamw_update(
     torch._foreach_addcdiv_(params, exp_avgs, denominators, [-lr / (1 - beta1**t) for t in counts])
 
 
-# %% book/08-optim.md, exported cell 2 (ba06a318)
+# %% book/08-optim.md, exported cell 2 (0921afa9)
+def check_options(options: dict[str, Any]) -> None:
+    """Raise a ValueError for a hyper-parameter out of its range."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0 <= options[name] < float("inf"):
+            raise ValueError(f"{name} must be zero or more and finite, not {options[name]}")
+    if not all(0 <= beta < 1 for beta in options["betas"]):
+        raise ValueError(f"betas must be at least 0 and less than 1, not {options['betas']}")
+
+
+# %% book/08-optim.md, exported cell 3 (2f366294)
 class AdamW(Optimizer):
     """Adam with decoupled weight decay; the state is named as in `torch.optim.AdamW`.
 
@@ -67,20 +78,17 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; what it does not say comes from the defaults."""
-        for name, value in {**self.defaults, **param_group}.items():
-            if name in ("lr", "eps", "weight_decay") and not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be zero or more and finite, not {value}")
-            if name == "betas" and not all(0 <= beta < 1 for beta in value):
-                raise ValueError(f"betas must each be at least 0 and less than 1, not {value}")
+        check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update every parameter that has a gradient; returns the closure's loss, if one is given."""
+        """Update every parameter that has a gradient; returns what the closure does, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -95,14 +103,14 @@ class AdamW(Optimizer):
                         exp_avg_sq=torch.zeros_like(p),
                     )
             if params:
-                names = ("exp_avg", "exp_avg_sq", "step")
-                state = [[self.state[p][name] for p in params] for name in names]
+                held = ("exp_avg", "exp_avg_sq", "step")
+                state = [[self.state[p][name] for p in params] for name in held]
                 options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
                 adamw_update(params, [p.grad for p in params], *state, **options)
         return loss
 
 
-# %% book/08-optim.md, exported cell 3 (029f4137)
+# %% book/08-optim.md, exported cell 4 (029f4137)
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups: matrices, which decay, and vectors (norm weights), which do not."""
     params = [p for p in model.parameters() if p.requires_grad]  # a tied tensor comes once
@@ -112,7 +120,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-# %% book/08-optim.md, exported cell 4 (39cb213d)
+# %% book/08-optim.md, exported cell 5 (39cb213d)
 def warmup_cosine(
     step: int, *, peak: float, warmup: int = 200, total: int, floor: float = 0.1
 ) -> float:
@@ -137,7 +145,7 @@ def warmup_cosine(
     return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-# %% book/08-optim.md, exported cell 5 (bb49a433)
+# %% book/08-optim.md, exported cell 6 (bb49a433)
 @torch.no_grad()
 def clip_grad_norm(params: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients together so that their joint length is at most max_norm.

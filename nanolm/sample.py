@@ -177,7 +177,7 @@ def next_logits(model: Transformer, ids: Sequence[int], cache: KVCache) -> Tenso
         model.train(training)
 
 
-# %% book/11-sample.md, exported cell 7 (aac601ac)
+# %% book/11-sample.md, exported cell 7 (694ecfbc)
 def generate_ids(
     model: Transformer,
     ids: Sequence[int],
@@ -208,14 +208,21 @@ def _generate(
 ) -> Iterator[int]:
     generator = torch.Generator()  # our own: the global state is not touched
     generator.seed() if config.seed is None else generator.manual_seed(config.seed)
-    options = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     cache, fresh, limit = model.new_cache(1), context, model.config.max_seq_len
     for _ in range(config.max_tokens):
         if cache.length + len(fresh) > limit:
             cache, fresh = model.new_cache(1), context[-max(limit // 2, 1) :]
         logits = next_logits(model, fresh, cache)[:vocab_size]
         logits = repetition_penalty(logits, context, config.repetition_penalty)
-        token = int(sample_logits(logits, generator=generator, **options))
+        token = int(
+            sample_logits(
+                logits,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                generator=generator,
+            )
+        )
         if token in stop_ids:
             return
         yield token
@@ -256,12 +263,12 @@ def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
         yield held
 
 
-# %% book/11-sample.md, exported cell 10 (5761b829)
+# %% book/11-sample.md, exported cell 10 (04f90c19)
 def stream(
     model: Transformer,
     tokenizer: Tokenizer,
     prompt: str = "",
-    config: SampleConfig = SampleConfig(),  # noqa: B008  (frozen, so it can be shared)
+    config: SampleConfig = SampleConfig(),
 ) -> Iterator[str]:
     """The continuation of prompt, piece by piece, without the prompt.
 
@@ -281,7 +288,7 @@ def generate(
     model: Transformer,
     tokenizer: Tokenizer,
     prompt: str = "",
-    config: SampleConfig = SampleConfig(),  # noqa: B008
+    config: SampleConfig = SampleConfig(),
 ) -> str:
     """The whole continuation of prompt, as `stream` gives it."""
     return "".join(stream(model, tokenizer, prompt, config))
