@@ -32,22 +32,23 @@ __all__ = [
     "Book",
     "parse",
     "defined",
-    "is_type_checking",
     "take_apart",
     "code_lines",
     "definitions",
+    "FOLDS",
     "TAGS",
-    "Cell",
-    "Chapter",
     "digest",
     "load",
+    "Cell",
+    "Chapter",
     "read",
+    "CONSTANT",
     "import_block",
     "rank",
     "from_line",
-    "marker",
-    "render",
     "START",
+    "HEADER",
+    "render",
     "header",
     "INTERNAL",
     "imported",
@@ -55,34 +56,34 @@ __all__ = [
     "rests_on",
     "FRONT",
     "render_front",
-    "REGION",
-    "gained",
-    "with_gained",
     "write",
     "bodies",
     "rendered",
     "on_disk",
     "export",
+    "REGION",
+    "gained",
+    "with_gained",
+    "INLINE",
     "STEADY",
-    "RAN_WITH",
-    "join_streams",
-    "run",
     "code_of",
+    "settle",
+    "run",
     "difference",
-    "as_lines",
+    "as_text",
     "stale",
     "findings",
     "update",
-    "select",
+    "head",
     "tangle",
     "main",
 ]
 
 
-# %% book/17-tangle.md, exported cell 1 (4f25b60e)
+# %% book/17-tangle.md, exported cell 1 (797fa0fc)
 @dataclass(frozen=True)
 class Book:
-    """A book and the package it builds: `root` holds `_toc.yml`, the chapters and the package."""
+    """A book and the package it builds: `root` holds `_toc.yml`, the chapters, the package."""
 
     root: Path
     package: str = "nanolm"
@@ -98,9 +99,9 @@ class Book:
         return self.root / self.package / f"{name}.py"
 
 
-# %% book/17-tangle.md, exported cell 2 (9bc22a5a)
+# %% book/17-tangle.md, exported cell 2 (00dfbc67)
 def parse(source: str, where: str) -> ast.Module:
-    """The syntax tree of a cell or module; an error says where that is."""
+    """The syntax tree of a cell or a module; an error says where that is."""
     try:
         return ast.parse(source)
     except SyntaxError as error:
@@ -116,33 +117,24 @@ def defined(node: ast.stmt) -> list[str]:
     return names if isinstance(node, (ast.Assign, ast.AnnAssign)) else []
 
 
-def is_type_checking(node: ast.stmt) -> bool:
-    """Whether a statement is an `if TYPE_CHECKING:` block, which runs nothing."""
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-
-
-# %% book/17-tangle.md, exported cell 3 (2b88998d)
-def take_apart(source: str, where: str) -> tuple[list[ast.stmt], str]:
+def take_apart(source: str, where: str) -> tuple[list[ast.Import | ast.ImportFrom], str]:
     """An exported cell as its import statements and the text that follows them."""
-    imports: list[ast.stmt] = []
-    lines, tree, end = source.splitlines(), parse(source, where).body, 0
-    for node in tree:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            imports.append(node)
-            if node is not tree[len(imports) - 1]:
-                raise ValueError(f"{where}, line {node.lineno}: imports come first in a cell")
-            end = node.end_lineno or node.lineno
-        elif not defined(node) and not is_type_checking(node):
+    tree, lines = parse(source, where).body, source.splitlines()
+    imports = [node for node in tree if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for node in tree[len(imports) :]:
+        only_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not only_types and not defined(node):
             raise ValueError(
-                f"{where}, line {node.lineno}: `{lines[node.lineno - 1]}` is stray: an exported "
-                "cell holds only imports, constants, functions and classes"
+                f"{where}, line {node.lineno}: stray `{lines[node.lineno - 1]}`: an exported cell "
+                "holds imports, which come first, then constants, functions and classes"
             )
-    if any("#" in line for line in lines[:end]):
-        raise ValueError(f"{where}: a comment among the imports would be lost")
+    end = (imports[-1].end_lineno or 0) if imports else 0
+    if tree[: len(imports)] != imports or any("#" in line for line in lines[:end]):
+        raise ValueError(f"{where}: imports come first in a cell, without comments among them")
     return imports, "\n".join(lines[end:]).strip("\n")
 
 
-# %% book/17-tangle.md, exported cell 4 (6580d678)
+# %% book/17-tangle.md, exported cell 3 (6580d678)
 def code_lines(source: str) -> int:
     """How many lines hold code: blanks, comments and docstrings do not count."""
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
@@ -168,31 +160,9 @@ def definitions(body: str) -> dict[str, int]:
     return found
 
 
-# %% book/17-tangle.md, exported cell 5 (eb631ee1)
-TAGS = frozenset(
-    "export nbval-ignore-output approx-figure hide-input hide-output hide-cell raises-exception".split()
-)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One exported cell: where it stands, the heading above it, and its two halves."""
-
-    where: str
-    section: str
-    imports: list[ast.stmt]
-    body: str
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """A chapter as the exporter sees it; `notebook` holds its cells, not yet run."""
-
-    name: str
-    title: str
-    module: str | None
-    cells: list[Cell]
-    notebook: NotebookNode
+# %% book/17-tangle.md, exported cell 4 (fcb4743c)
+FOLDS = {"hide-input", "hide-output", "hide-cell"}
+TAGS = {"export", "nbval-ignore-output", "approx-figure", *FOLDS}
 
 
 def digest(text: str, size: int = 8) -> str:
@@ -200,79 +170,106 @@ def digest(text: str, size: int = 8) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:size]
 
 
-# %% book/17-tangle.md, exported cell 6 (09e817db)
-def load(path: Path, package: str) -> NotebookNode:
-    """A chapter's text as a notebook without outputs, its cell ids made from its text."""
-    notebook, seen = jupytext.read(path), dict[str, int]()
+def load(text: str, package: str) -> NotebookNode:
+    """A chapter's text as a notebook without outputs; equal texts give equal notebooks."""
+    notebook, seen = jupytext.reads(text, fmt="md:myst"), dict[str, int]()
     for cell in notebook.cells:
         key = digest(cell.cell_type + cell.source)
         seen[key] = seen.get(key, 0) + 1
         cell["id"] = key if seen[key] == 1 else f"{key}-{seen[key]}"
-    kept = {key: notebook.metadata[key] for key in ("kernelspec", package) if key in notebook.metadata}
-    notebook.metadata = NotebookNode(kept)
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    kept = {key: notebook.metadata.get(key, {}) for key in ("kernelspec", package)}
+    notebook.metadata, notebook.nbformat, notebook.nbformat_minor = NotebookNode(kept), 4, 5
     return notebook
 
 
-def read(book: Book, path: Path) -> Chapter:
-    """A chapter with its exported cells taken apart."""
-    name, notebook = path.relative_to(book.root).as_posix(), load(path, book.package)
-    headings, cells, number = [""], list[Cell](), 0
+# %% book/17-tangle.md, exported cell 5 (b4d6c4cf)
+@dataclass(frozen=True)
+class Cell:
+    """An exported cell: where it stands, the heading above it, and its two halves."""
+
+    where: str
+    section: str
+    imports: list[ast.Import | ast.ImportFrom]
+    body: str
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A chapter: its exported cells, and all of it as a notebook that has not run."""
+
+    path: Path
+    name: str
+    text: str
+    title: str
+    module: str
+    cells: list[Cell]
+    notebook: NotebookNode
+
+
+def read(book: Book, path: Path, text: str = "") -> Chapter:
+    """The chapter at a path, its exported cells taken apart; `text` stands in for the file's."""
+    name, text = path.relative_to(book.root).as_posix(), text or path.read_text(encoding="utf-8")
+    notebook, headings, cells, number = load(text, book.package), [name], list[Cell](), 0
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            prose = re.sub(r"(?ms)^```.*?^```", "", cell.source)
+            prose = re.sub(r"(?ms)^(```+).*?^\1", "", cell.source)
             headings += re.findall(r"(?m)^#+ +(.+)$", prose)
             continue
-        number += cell.cell_type == "code"
-        tags = set(cell.metadata.get("tags", []))
+        number, tags = number + 1, set(cell.metadata.get("tags", []))
         if tags - TAGS:
-            raise ValueError(f"{name}, code cell {number}: unknown tag {min(tags - TAGS)!r}")
+            raise ValueError(f"{name}, code cell {number}: unknown tag {min(tags - TAGS)}")
+        parse(cell.source, f"{name}, code cell {number}")
         if "export" in tags:
             where = f"{name}, exported cell {len(cells) + 1}"
             cells.append(Cell(where, headings[-1], *take_apart(cell.source, where)))
-    module = notebook.metadata.get(book.package, {}).get("module")
+    module = notebook.metadata[book.package].get("module", "")
     if cells and not module:
-        raise ValueError(f"{name}: exports cells, but its front matter names no module")
-    return Chapter(name, headings[min(1, len(headings) - 1)], module, cells, notebook)
+        raise ValueError(f"{name} exports cells, but its front matter names no module")
+    return Chapter(path, name, text, headings[:2][-1], module, cells, notebook)
 
 
-# %% book/17-tangle.md, exported cell 7 (506605a0)
-def import_block(nodes: list[ast.stmt], package: str) -> str:
+# %% book/17-tangle.md, exported cell 6 (00ea511a)
+CONSTANT = re.compile(r"[A-Z_][A-Z0-9_]+\b")
+
+
+def import_block(nodes: list[ast.Import | ast.ImportFrom], package: str) -> str:
     """Import statements merged, sorted and grouped: future, standard library, others, our own."""
-    plain, members = set[str](), dict[str, set[str]]()
+    whole, members = set[str](), dict[str, set[str]]()
     for node in nodes:
         if isinstance(node, ast.Import):
-            plain.update(ast.unparse(alias) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            members.setdefault(node.module or "", set()).update(map(ast.unparse, node.names))
-    groups: dict[int, list[str]] = {}
-    for module in sorted(plain, key=str.lower):
-        groups.setdefault(rank(module, package), []).append(f"import {module}")
-    for module in sorted(members, key=str.lower):
-        groups.setdefault(rank(module, package), []).append(from_line(module, members[module]))
-    return "\n\n".join("\n".join(groups[key]) for key in sorted(groups))
+            whole.update(ast.unparse(alias) for alias in node.names)
+        else:
+            members.setdefault(node.module or ".", set()).update(map(ast.unparse, node.names))
+    lines = [(rank(name, package), f"import {name}") for name in sorted(whole, key=str.lower)]
+    for name in sorted(members, key=str.lower):
+        lines.append((rank(name, package), from_line(name, members[name])))
+    groups = ["\n".join(line for rank, line in lines if rank == group) for group in range(4)]
+    return "\n\n".join(group for group in groups if group)
 
 
 def rank(module: str, package: str) -> int:
-    """The group of imports that a module belongs to."""
+    """The group that an imported module belongs to."""
     root = module.split()[0].split(".")[0]
-    if root == "__future__":
-        return 0
-    return 1 if root in sys.stdlib_module_names else 3 if root == package else 2
+    known = 0 if root == "__future__" else 1 if root in sys.stdlib_module_names else 2
+    return 3 if root == package else known
 
 
 def from_line(module: str, names: set[str]) -> str:
-    """`from module import ...`, its names in ruff's order: CONSTANTS, Classes, functions."""
-    order = sorted(names, key=lambda n: (0 if n.isupper() and len(n) > 1 else 2 - n[0].isupper(), n))
-    line = f"from {module} import {', '.join(order)}"
-    tall = "".join(f"    {name},\n" for name in order)
-    return line if len(line) <= 100 else f"from {module} import (\n{tall})"
+    """`from module import ...`, in the usual order of names: CONSTANTS, Classes, functions."""
+    order = sorted(names, key=lambda name: (not CONSTANT.match(name), name[0].islower(), name))
+    line, tall = f"from {module} import {', '.join(order)}", ",\n    ".join(order)
+    return line if len(line) <= 100 else f"from {module} import (\n    {tall},\n)"
 
 
-# %% book/17-tangle.md, exported cell 8 (ea7fcad2)
-def marker(cell: Cell) -> str:
-    """The line above a cell's code in the package: whose code it is, and its fingerprint."""
-    return f"# %% {cell.where} ({digest(cell.body)})"
+# %% book/17-tangle.md, exported cell 7 (1e2f243d)
+START = 'if __name__ == "__main__":\n    raise SystemExit(main())\n'
+HEADER = '''"""`{package}.{module}`, derived in the book, where each line has its reason:
+
+{titles}
+
+Generated by `python -m nanolm.tangle`. Edit the chapter; or edit here, then carry the edit back
+with `python -m nanolm.tangle --update`.
+"""'''
 
 
 def render(book: Book, module: str, chapters: list[Chapter]) -> str:
@@ -287,35 +284,26 @@ def render(book: Book, module: str, chapters: list[Chapter]) -> str:
         if module in imported("\n".join(map(ast.unparse, cell.imports)), book.package, {}):
             raise ValueError(f"{cell.where}: {book.package}.{module} imports itself")
     names = "".join(f'    "{name}",\n' for name in owners if not name.startswith("_"))
-    imports = import_block([node for cell in cells for node in cell.imports], book.package)
-    bodies = [f"{marker(cell)}\n{cell.body}\n" for cell in cells if cell.body]
-    tail = [START] if "main" in owners else []
-    head = "\n\n".join(filter(None, [header(book, module, chapters), imports]))
-    return "\n\n".join([f"{head}\n\n__all__ = [\n{names}]\n", *bodies, *tail])
-
-
-START = """if __name__ == "__main__":
-    raise SystemExit(main())
-"""
+    block = import_block([node for cell in cells for node in cell.imports], book.package)
+    head = "\n\n".join(filter(None, [header(book, module, chapters), block]))
+    bodies = [f"# %% {c.where} ({digest(c.body)})\n{c.body}\n" for c in cells if c.body]
+    bodies += [START] if "main" in owners else []
+    listing = f"[\n{names}]" if names else "[]"
+    return "\n\n".join([f"{head}\n\n__all__ = {listing}\n", *bodies])
 
 
 def header(book: Book, module: str, chapters: list[Chapter]) -> str:
     """The docstring of a module: which chapters derive it, and how to change it."""
-    titles = [re.sub(r'["\\\\]', "", f"{chapter.name}: {chapter.title}") for chapter in chapters]
-    return f'''"""`{book.package}.{module}`, derived in the book, where each line has its reason:
-
-{"".join(f"- {title}" + chr(10) for title in titles)}
-Generated by `python -m nanolm.tangle`. Edit the chapter; or edit here, then carry the edit back
-with `python -m nanolm.tangle --update`.
-"""'''
+    titles = [re.sub(r'["\\]', "", f"- {chapter.name}: {chapter.title}") for chapter in chapters]
+    return HEADER.format(package=book.package, module=module, titles="\n".join(titles))
 
 
-# %% book/17-tangle.md, exported cell 9 (a9b8806d)
-INTERNAL = frozenset({"__main__", "tangle"})
+# %% book/17-tangle.md, exported cell 8 (da658d1f)
+INTERNAL = {"__main__", "tangle"}
 
 
 def imported(source: str, package: str, public: dict[str, str]) -> set[str]:
-    """The modules of the package that some code imports, directly; anywhere, also in functions."""
+    """The modules of the package that some code imports itself, at the top or in a function."""
     paths: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -351,13 +339,11 @@ def rests_on(source: str, package: str, texts: dict[str, str]) -> dict[str, str]
     return dict(sorted(found.items()))
 
 
-# %% book/17-tangle.md, exported cell 10 (10dd8a1e)
+# %% book/17-tangle.md, exported cell 9 (31b56b80)
 FRONT = '''"""{package}: the library whose source is a book.
 
-Every public name is handed out here on first use, so that `import {package}` stays cheap:
-`{package}.NAME` imports the module that holds NAME only when it is asked for.
-
-Generated by `python -m nanolm.tangle` from the chapters.
+Public names are handed out here on first use, so that `import {package}` stays cheap. Generated by
+`python -m nanolm.tangle` from the `__all__` of the modules.
 """
 
 import importlib
@@ -369,13 +355,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
 {imports}
+
 __version__ = "{version}"
 
-_MODULES = {{
-{names}}}
+_MODULES: dict[str, str] = {{{names}}}
 
-__all__ = [
-{listed}]
+__all__ = [{listed}]
 
 
 def __getattr__(name: str) -> Any:
@@ -391,7 +376,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """A public name stays itself when a module of the same name, such as `train`, is imported."""
+    """A public name stays itself when a module of that name, such as `train`, is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _MODULES and isinstance(value, types.ModuleType)):
@@ -399,7 +384,7 @@ class _Package(types.ModuleType):
 
 
 class _BeforeTriton(importlib.abc.MetaPathFinder):
-    """Triton reads TRITON_INTERPRET while it is imported: without a GPU, set it just before."""
+    """Triton reads TRITON_INTERPRET as it is imported: without a GPU, set it just before."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         if fullname == "triton" and "TRITON_INTERPRET" not in os.environ:
@@ -414,62 +399,27 @@ sys.meta_path.insert(0, _BeforeTriton())
 '''
 
 
-# %% book/17-tangle.md, exported cell 11 (cc0e6c15)
+# %% book/17-tangle.md, exported cell 10 (1830c1fd)
 def render_front(book: Book, texts: dict[str, str]) -> str:
     """The text of the package's `__init__.py`."""
-    project, version = book.root / "pyproject.toml", None
-    if project.exists():
-        version = re.search(r'(?m)^version = "(.*)"', project.read_text(encoding="utf-8"))
-    public = public_names(texts)
-    by_module: dict[str, list[str]] = {}
-    for name, module in public.items():
-        by_module.setdefault(module, []).append(name)
+    project, public = book.root / "pyproject.toml", public_names(texts)
+    settings = project.read_text(encoding="utf-8") if project.exists() else ""
+    modules = {module: [n for n in public if public[n] == module] for module in public.values()}
     imports = [
         from_line(f"{book.package}.{module}", {f"{name} as {name}" for name in names})
-        for module, names in by_module.items()
+        for module, names in modules.items()
     ]
+    end = "\n" if public else ""
     return FRONT.format(
         package=book.package,
-        version=version[1] if version else "0.0.0",
-        imports=re.sub("(?m)^(?=.)", "    ", "\n".join(imports) or "pass") + "\n",
-        names="".join(f'    "{name}": "{module}",\n' for name, module in public.items()),
-        listed="".join(f'    "{name}",\n' for name in public),
+        version="".join(re.findall(r'(?m)^version = "(.*)"', settings)) or "0.0.0",
+        imports=re.sub("(?m)^(?=.)", "    ", "\n".join(imports) or "pass"),
+        names="".join(f'\n    "{name}": "{public[name]}",' for name in public) + end,
+        listed="".join(f'\n    "{name}",' for name in public) + end,
     )
 
 
-# %% book/17-tangle.md, exported cell 12 (1df7e07c)
-REGION = re.compile(r"(?ms)^<!-- gained -->\n(.*?)^<!-- /gained -->$")
-
-
-def gained(book: Book, chapter: Chapter) -> str:
-    """The table that closes a chapter: what it gave to the package, and where each name is made."""
-    up = "../" * chapter.name.count("/")
-    rows, total = [], 0
-    for cell in chapter.cells:
-        slug = re.sub(r"[^\w\- ]", "", cell.section.lower()).replace(" ", "-")
-        for name, size in definitions(cell.body).items():
-            rows.append(f"| `{name}` | {size} | [{cell.section}](#{slug}) |\n")
-            total += size
-    if not rows:
-        return "This chapter only uses the library: it adds nothing to it.\n"
-    file = f"{book.package}/{chapter.module}.py"
-    return (
-        f"From this chapter, [`{file}`]({up}{file}) has {len(rows)} definitions in {total} lines "
-        "of code (blanks, comments and docstrings not counted):\n\n"
-        "| name | lines | made in |\n|---|---:|---|\n" + "".join(rows)
-    )
-
-
-def with_gained(book: Book, path: Path) -> tuple[str, str]:
-    """A chapter's text as it is, and as it should be: with the table filled in."""
-    text, chapter = path.read_text(encoding="utf-8"), read(book, path)
-    if chapter.cells and len(REGION.findall(text)) != 1:
-        return text, text
-    table = f"<!-- gained -->\n{gained(book, chapter)}<!-- /gained -->"
-    return text, REGION.sub(lambda _: table, text)
-
-
-# %% book/17-tangle.md, exported cell 13 (8b860299)
+# %% book/17-tangle.md, exported cell 11 (01ea29f7)
 def write(path: Path, text: str) -> bool:
     """Put a text in place in one step, if it is new; whether it was."""
     if path.exists() and path.read_text(encoding="utf-8") == text:
@@ -482,82 +432,80 @@ def write(path: Path, text: str) -> bool:
     return True
 
 
-def bodies(text: str) -> dict[str, tuple[str, str]]:
-    """A module's cells as they stand in its file: where -> (fingerprint, body)."""
-    _, *rest = re.split(r"(?m)^# %% (\S+, exported cell \d+) \((\w+)\)\n", text.removesuffix(START))
-    parts = zip(rest[::3], rest[1::3], rest[2::3], strict=True)
-    return {where: (mark, body.strip("\n")) for where, mark, body in parts}
+def bodies(text: str) -> list[tuple[str, str, str]]:
+    """The cells as they stand in a module's file: where each is from, its fingerprint, its code."""
+    mark = r"(?m)^# %% (\S+, exported cell \d+) \((\w+)\)\n"
+    _, *rest = re.split(mark, text.removesuffix(START))
+    code = [part.strip("\n") for part in rest[2::3]]
+    return list(zip(rest[::3], rest[1::3], code, strict=True))
 
 
 def rendered(book: Book, chapters: list[Chapter]) -> dict[str, str]:
-    """Every module that these chapters feed: its name and its text."""
+    """Every module that these chapters feed, and its text."""
     fed: dict[str, list[Chapter]] = {}
     for chapter in chapters:
-        if chapter.module and chapter.cells:
+        if chapter.cells:
             fed.setdefault(chapter.module, []).append(chapter)
     return {module: render(book, module, sources) for module, sources in fed.items()}
 
 
 def on_disk(book: Book) -> dict[str, str]:
-    """Every module of the package as it is."""
+    """Every module of the package, as it is."""
     files = sorted((book.root / book.package).glob("*.py"))
-    return {file.stem: file.read_text(encoding="utf-8") for file in files if file.stem != "__init__"}
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in files}
+    return {module: text for module, text in texts.items() if module != "__init__"}
 
 
+# %% book/17-tangle.md, exported cell 12 (02a22761)
 def export(book: Book, chapters: list[Chapter]) -> None:
-    """Write the modules that these chapters feed, and the front door; lose no edit."""
+    """Write the modules that these chapters feed, and the front door; overwrite no edit."""
     new, old = rendered(book, chapters), on_disk(book)
     for module, text in new.items():
-        wanted = bodies(text)
-        for where, (mark, body) in bodies(old.get(module, "")).items():
-            if digest(body) != mark and body != wanted.get(where, ("", None))[1]:
+        wanted = {code for _, _, code in bodies(text)}
+        for where, mark, code in bodies(old.get(module, "")):
+            if digest(code) != mark and code not in wanted:
                 raise ValueError(
-                    f"{book.package}/{module}.py was edited by hand under `{where}`: carry the edit "
-                    "back with --update, or undo it"
+                    f"{book.package}/{module}.py was edited by hand below `{where}`: carry the "
+                    "edit back with --update, or undo it"
                 )
-    for module, text in new.items():
-        if write(book.module(module), text):
-            print(f"wrote {book.package}/{module}.py")
-    if write(book.module("__init__"), render_front(book, old | new)):
-        print(f"wrote {book.package}/__init__.py")
+    files = {book.module(module): text for module, text in new.items()}
+    files[book.module("__init__")] = render_front(book, old | new)
+    for path, text in files.items():
+        if write(path, text):
+            print(f"wrote {path.relative_to(book.root).as_posix()}")
 
 
-# %% book/17-tangle.md, exported cell 14 (5b330a9e)
-STEADY = {"OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-RAN_WITH = "ran_with"
+# %% book/17-tangle.md, exported cell 13 (770870f4)
+REGION = re.compile(r"(?ms)^<!-- gained -->\n(.*?)^<!-- /gained -->$")
 
 
-def join_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """The kernel may cut one print into several messages: join them again."""
-    joined: list[NotebookNode] = []
-    for output in outputs:
-        last = joined[-1] if joined else {}
-        if output.output_type == "stream" and output.name == last.get("name"):
-            joined[-1].text += output.text
-        else:
-            joined.append(output)
-    return joined
+def gained(book: Book, chapter: Chapter) -> str:
+    """The table that closes a chapter: what it gave to the package, and where each name is made."""
+    rows, total = [], 0
+    for cell in chapter.cells:
+        slug = re.sub(r"[^\w\- ]", "", cell.section.lower()).replace(" ", "-")
+        for name, size in definitions(cell.body).items():
+            rows.append(f"| `{name}` | {size} | [{cell.section}](#{slug}) |\n")
+            total += size
+    if not rows:
+        return "This chapter uses the library and adds nothing to it.\n"
+    file, up = f"{book.package}/{chapter.module}.py", "../" * chapter.name.count("/")
+    return (
+        f"Lines of code that this chapter gives to [`{file}`]({up}{file}), not counting blanks, "
+        f"comments and docstrings: {total}.\n\n"
+        "| name | lines | made in |\n|---|---:|---|\n" + "".join(rows)
+    )
 
 
-def run(book: Book, chapter: Chapter, texts: dict[str, str]) -> str:
-    """Execute a chapter and write its notebook, so that equal runs give equal bytes."""
-    path, notebook, began = book.root / chapter.name, chapter.notebook, time.perf_counter()
-    where = str(book.root) + os.pathsep + os.environ.get("PYTHONPATH", "")
-    manager = AsyncKernelManager(kernel_name="python3", transport_encryption="auto")
-    client = NotebookClient(notebook, km=manager, timeout=600, record_timing=False)
-    kept = NotebookNode(notebook.metadata)
-    try:
-        client.execute(env={**os.environ, **STEADY, "PYTHONPATH": where}, cwd=str(path.parent))
-    except CellExecutionError as error:
-        number = sum(cell.get("execution_count") is not None for cell in notebook.cells)
-        raise RuntimeError(f"{chapter.name}, code cell {number}: {error.ename}: {error.evalue}\n{error}") from None
-    notebook.metadata = NotebookNode({**kept, RAN_WITH: rests_on(code_of(notebook), book.package, texts)})
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = join_streams(cell.outputs)
-            cell.metadata.pop("execution", None)
-    write(path.with_suffix(".ipynb"), nbformat.writes(notebook) + "\n")
-    return f"ran {chapter.name} in {time.perf_counter() - began:.1f} s"
+def with_gained(book: Book, chapter: Chapter) -> str:
+    """The text of a chapter with the table filled in."""
+    table = f"<!-- gained -->\n{gained(book, chapter)}<!-- /gained -->"
+    return REGION.sub(lambda match: table, chapter.text)
+
+
+# %% book/17-tangle.md, exported cell 14 (f1c9e35d)
+INLINE = "module://matplotlib_inline.backend_inline"
+STEADY = {"OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "0", "MPLBACKEND": INLINE}
 
 
 def code_of(notebook: NotebookNode) -> str:
@@ -565,124 +513,160 @@ def code_of(notebook: NotebookNode) -> str:
     return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
 
 
-# %% book/17-tangle.md, exported cell 15 (fddf088b)
+def settle(cell: NotebookNode) -> None:
+    """Take from a cell that ran whatever differs from run to run."""
+    joined: list[NotebookNode] = []
+    for output in cell.outputs:
+        if joined and "stream" == output.output_type and output.name == joined[-1].get("name"):
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    cell.outputs = joined
+    cell.metadata.pop("execution", None)
+
+
+def run(book: Book, chapter: Chapter, texts: dict[str, str]) -> str:
+    """Execute a chapter and write its notebook: equal runs give equal bytes."""
+    notebook, began = chapter.notebook, time.perf_counter()
+    search = os.pathsep.join(filter(None, [str(book.root), os.environ.get("PYTHONPATH")]))
+    manager = AsyncKernelManager(kernel_name="python3", transport_encryption="auto")
+    client = NotebookClient(notebook, km=manager, timeout=900, record_timing=False)
+    kept = dict(notebook.metadata)
+    try:
+        environment = {**os.environ, **STEADY, "PYTHONPATH": search}
+        client.execute(env=environment, cwd=str(chapter.path.parent), cleanup_kc=True)
+    except CellExecutionError as error:
+        number = sum(cell.get("execution_count") is not None for cell in notebook.cells)
+        raise RuntimeError(f"{chapter.name}, code cell {number} failed\n{error}") from None
+    ran_with = rests_on(code_of(notebook), book.package, texts)
+    notebook.metadata = NotebookNode({**kept, "ran_with": ran_with})
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            settle(cell)
+    write(chapter.path.with_suffix(".ipynb"), nbformat.writes(notebook) + "\n")
+    return f"ran {chapter.name} in {time.perf_counter() - began:.1f} s"
+
+
+# %% book/17-tangle.md, exported cell 15 (1c7ed7e7)
 def difference(old: str, new: str, name: str) -> str:
-    """A readable difference: `-` is what there is, `+` what the chapters say."""
-    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), name, "the chapters say", lineterm="")
+    """What must change, readably: `-` is what there is, `+` what the chapters say."""
+    named = (f"{name}, as it is", f"{name}, as the chapters say")
+    return "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), *named, lineterm=""))
+
+
+def as_text(notebook: NotebookNode) -> str:
+    """The inputs of a notebook as text, for comparison."""
+    lines = [f"{key}: {value}" for key, value in notebook.metadata.items() if key != "ran_with"]
+    for cell in notebook.cells:
+        options = [f"{key}={cell.metadata.get(key)}" for key in ("tags", "mystnb")]
+        lines.append(f"[{cell.cell_type}] {' '.join(options)}\n{cell.source}\n")
     return "\n".join(lines)
-
-
-def as_lines(notebook: NotebookNode) -> str:
-    """A notebook's inputs as text."""
-    cells = [f"[{c.cell_type}] {c.metadata.get('tags', '')}\n{c.source}\n" for c in notebook.cells]
-    return "\n".join(cells)
 
 
 def stale(book: Book, chapter: Chapter, texts: dict[str, str]) -> str:
     """Why a chapter must run again; empty if its notebook is what a run would give."""
-    path = (book.root / chapter.name).with_suffix(".ipynb")
+    path = chapter.path.with_suffix(".ipynb")
     if not path.exists():
         return f"{chapter.name} was never run"
     notebook = nbformat.read(path, 4)
-    if diff := difference(as_lines(notebook), as_lines(chapter.notebook), path.name):
-        return f"{path.name} is not the text of {chapter.name}:\n{diff}"
-    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    if change := difference(as_text(notebook), as_text(chapter.notebook), path.name):
+        return change
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for number, cell in enumerate(code, 1):
-        if cell.execution_count is None:
-            return f"{path.name}: code cell {number} was never run"
-    ran, now = notebook.metadata.get(RAN_WITH, {}), rests_on(code_of(notebook), book.package, texts)
-    changed = sorted(m for m in ran.keys() | now.keys() if ran.get(m) != now.get(m))
+        if cell.execution_count is None and cell.source.strip():
+            return f"{path.name}, code cell {number} was never run"
+        if any(output.get("name") == "stderr" for output in cell.outputs):
+            return f"{path.name}, code cell {number} writes to the error stream"
+    ran = dict(notebook.metadata.get("ran_with", {}))
+    now = rests_on(code_of(notebook), book.package, texts)
+    changed = sorted({name for name, _ in ran.items() ^ now.items()})
     return f"{path.name} ran with another {', '.join(changed)}" if changed else ""
 
 
-# %% book/17-tangle.md, exported cell 16 (fe82fd1f)
+# %% book/17-tangle.md, exported cell 16 (dbb3814d)
 def findings(book: Book) -> list[str]:
-    """All that is not what the chapters say; nothing is executed."""
+    """All that is not as the chapters say; nothing is executed."""
     chapters = [read(book, path) for path in book.chapters()]
     new, old = rendered(book, chapters), on_disk(book)
-    found = [f"orphan: no chapter feeds {book.package}/{name}.py" for name in old.keys() - new.keys()]
-    files = {book.module(name): text for name, text in new.items()}
+    lost = sorted(old.keys() - new.keys())
+    found = [f"orphan: no chapter feeds {book.package}/{module}.py" for module in lost]
+    files = {book.module(module): text for module, text in new.items()}
     files[book.module("__init__")] = render_front(book, new)
     for path, text in files.items():
         have = path.read_text(encoding="utf-8") if path.exists() else ""
         found.append(difference(have, text, path.relative_to(book.root).as_posix()))
-    for path in book.chapters():
-        have, want = with_gained(book, path)
-        found.append(difference(have, want, f"{path.name}: what it gained"))
-    found += [stale(book, chapter, new) for chapter in chapters]
+    for chapter in chapters:
+        if len(REGION.findall(chapter.text)) != 1:
+            found.append(f"{chapter.name} has no (single) place for what {book.package} gained")
+        found.append(difference(chapter.text, with_gained(book, chapter), chapter.name))
+        found.append(stale(book, chapter, new))
     return [finding for finding in found if finding]
 
 
-# %% book/17-tangle.md, exported cell 17 (7ed6b3ff)
+# %% book/17-tangle.md, exported cell 17 (78b6d2b5)
 def update(book: Book) -> list[str]:
     """Carry edits of cells in the package back to their chapters; refuse what is not clear."""
-    chapters = [read(book, path) for path in book.chapters()]
-    files = on_disk(book)
-    texts = {chapter.name: (book.root / chapter.name).read_text(encoding="utf-8") for chapter in chapters}
-    changed = set()
-    for chapter in chapters:
-        found = bodies(files.get(chapter.module or "", ""))
-        for cell in chapter.cells:
-            mark, body = found.get(cell.where, (digest(cell.body), cell.body))
-            if digest(body) == mark:
+    chapters, files = [read(book, path) for path in book.chapters()], on_disk(book)
+    texts = {chapter.path: chapter.text for chapter in chapters}
+    for module, chapter in ((c.module, c) for c in chapters):
+        here = [e for e in bodies(files.get(module, "")) if e[0].startswith(chapter.name + ",")]
+        for where, mark, code in here:
+            cells = [cell.body for cell in chapter.cells if digest(cell.body) == mark]
+            if digest(code) == mark or code in [cell.body for cell in chapter.cells]:
                 continue
-            if digest(cell.body) != mark:
-                raise ValueError(f"{cell.where} was edited in the chapter and in the package: unclear")
-            if texts[chapter.name].count(cell.body) != 1:
-                raise ValueError(f"{cell.where}: its text is in the chapter more than once: unclear")
-            texts[chapter.name] = texts[chapter.name].replace(cell.body, body)
-            changed.add(chapter.name)
-    for name in changed:
-        write(book.root / name, texts[name])
-    return sorted(changed)
+            if len(cells) != 1 or texts[chapter.path].count(cells[0]) != 1:
+                raise ValueError(f"{where}: unclear: was the chapter edited too?")
+            texts[chapter.path] = texts[chapter.path].replace(cells[0], code)
+    after = [read(book, path, text) for path, text in texts.items()]
+    for module, text in rendered(book, after).items():
+        if module in files and head(text) != head(files[module]):
+            raise ValueError(f"{module}.py: its imports are not its chapters': edit them there")
+    return [c.name for c in chapters if write(c.path, texts[c.path])]
 
 
-# %% book/17-tangle.md, exported cell 18 (d86a022f)
-def select(book: Book, files: list[Path]) -> list[Path]:
-    """The chapters asked for; without files, all of them."""
-    known = book.chapters()
-    for path in files:
-        if path.resolve() not in known:
-            raise FileNotFoundError(f"{path} is not a chapter of {book.root / '_toc.yml'}")
-    return [path.resolve() for path in files] or known
+def head(text: str) -> str:
+    """A module down to its list of names: the docstring and the imports."""
+    return text.split("\n__all__ = ")[0]
 
 
+# %% book/17-tangle.md, exported cell 18 (7ae09e5c)
 def tangle(book: Book, files: list[Path], jobs: int = 2) -> None:
-    """Export, then run the chapters asked for; without files, those that must run again."""
-    paths = select(book, files)
-    for path in paths:
-        write(path, with_gained(book, path)[1])
-    modules = {load(path, book.package).metadata.get(book.package, {}).get("module") for path in paths}
-    others = [path for path in book.chapters() if path.exists() or not files]
-    fed = [p for p in others if load(p, book.package).metadata.get(book.package, {}).get("module") in modules]
-    chapters = [read(book, path) for path in fed]
+    """Export, then run the chapters given; without files, all that must run again."""
+    known = book.chapters()
+    asked = [path.resolve() for path in files] or known
+    for path in asked:
+        if path not in known:
+            raise FileNotFoundError(f"{path} is not a chapter of {book.root / '_toc.yml'}")
+        write(path, with_gained(book, read(book, path)))
+    present = [path for path in known if path.exists()] if files else known
+    texts = {path: path.read_text(encoding="utf-8") for path in present}
+    feeds = {path: load(text, book.package).metadata[book.package] for path, text in texts.items()}
+    wanted = [feeds[path] for path in asked]
+    chapters = [read(book, path) for path in present if feeds[path] in wanted]
     export(book, chapters)
-    texts = on_disk(book)
-    todo = [
-        chapter
-        for chapter in chapters
-        if (book.root / chapter.name in paths if files else stale(book, chapter, texts))
-    ]
+    package = on_disk(book)
+    todo = [c for c in chapters if (c.path in asked if files else stale(book, c, package))]
     with ThreadPoolExecutor(jobs) as pool:
-        for line in pool.map(lambda chapter: run(book, chapter, texts), todo):
-            print(line)
+        for line in pool.map(lambda chapter: run(book, chapter, package), todo):
+            print(line, flush=True)
 
 
+# %% book/17-tangle.md, exported cell 19 (5991db1c)
 def main(argv: list[str] | None = None) -> int:
-    """`python -m nanolm.tangle`: 0 if all is well, 1 if `--check` found drift, 2 on an error."""
+    """Export the chapters, run what changed. Exit 0: all is well, 1: drift found, 2: an error."""
     parser = argparse.ArgumentParser(prog="python -m nanolm.tangle", description=main.__doc__)
     parser.add_argument("files", nargs="*", type=Path, help="chapters to export and run")
-    parser.add_argument("--check", action="store_true", help="run nothing, fail on any drift")
+    parser.add_argument("--check", action="store_true", help="run nothing; fail on any drift")
     parser.add_argument("--update", action="store_true", help="carry edits of the package back")
     options = parser.parse_args(argv)
     book = Book(Path.cwd())
     try:
         if options.check:
             found = findings(book)
-            print(*found, sep="\n")
+            print(*found or ["the package, the notebooks and the text agree"], sep="\n")
             return int(bool(found))
         if options.update:
-            print(*update(book), sep="\n")
+            print(*(f"updated {name}" for name in update(book)), sep="\n")
         tangle(book, options.files)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"tangle: error: {error}", file=sys.stderr)
