@@ -18,13 +18,13 @@ from nanolm.model import KVCache, Transformer
 from nanolm.tokenizer import END_OF_TEXT, Tokenizer
 
 __all__ = [
-    "repetition_penalty",
     "keep_top_k",
     "keep_top_p",
     "GREEDY_BELOW",
     "check_filters",
     "filter_logits",
     "sample_logits",
+    "repetition_penalty",
     "SampleConfig",
     "next_logits",
     "generate_ids",
@@ -36,44 +36,23 @@ __all__ = [
 ]
 
 
-# %% book/11-sample.md, exported cell 1 (485fe43d)
-def repetition_penalty(logits: Tensor, ids: Sequence[int] | Tensor, penalty: float) -> Tensor:
-    """Make every id that has occurred less likely (Keskar et al. 2019), whatever its sign.
-
-    logits (..., V); ids (T,), or (..., T) with one history a row. A positive logit is divided by
-    the penalty, a negative one multiplied, once however often the id occurred.
-
-    >>> repetition_penalty(torch.tensor([2.0, -2.0, 1.0]), [0, 1, 1], 2.0).tolist()
-    [1.0, -4.0, 1.0]
-    """
-    if not 0 < penalty < float("inf"):
-        raise ValueError(f"repetition_penalty must be positive, not {penalty} (1 is off)")
-    seen = torch.as_tensor(ids, dtype=torch.int64, device=logits.device)
-    if penalty == 1 or seen.numel() == 0:
-        return logits
-    if seen.min() < 0 or seen.max() >= logits.shape[-1]:
-        raise ValueError(f"an id to penalise is not among the {logits.shape[-1]} of the logits")
-    seen = seen.expand(*logits.shape[:-1], -1)
-    old = logits.gather(-1, seen)  # an id that occurs twice is read twice ...
-    return logits.scatter(-1, seen, torch.where(old > 0, old / penalty, old * penalty))
-
-
-# %% book/11-sample.md, exported cell 2 (da2c3178)
+# %% book/11-sample.md, exported cell 1 (73524974)
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
     """Exclude, as minus infinity, all but the top_k greatest; equals of the last one stay."""
     least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < least, -torch.inf)
 
 
+# %% book/11-sample.md, exported cell 2 (7354e3e0)
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     """Exclude all but the smallest set whose probability reaches top_p (Holtzman et al. 2020)."""
-    ordered, order = logits.sort(dim=-1, descending=True)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     reached = ordered.softmax(-1).cumsum(-1)[..., :-1] >= top_p  # before the 2nd, 3rd, ...
     ordered[..., 1:] = ordered[..., 1:].masked_fill(reached, -torch.inf)
     return torch.empty_like(logits).scatter(-1, order, ordered)  # back to the old order
 
 
-# %% book/11-sample.md, exported cell 3 (ac85a386)
+# %% book/11-sample.md, exported cell 3 (37150344)
 GREEDY_BELOW = 1e-5  # a temperature under this would overflow the division
 
 
@@ -87,6 +66,7 @@ def check_filters(temperature: float, top_k: int, top_p: float) -> None:
         raise ValueError(f"top_p must be more than 0 and at most 1 (off), not {top_p}")
 
 
+# %% book/11-sample.md, exported cell 4 (b0a648f1)
 def filter_logits(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Temperature, then top-k, then top-p: the logits (..., V) float of what may be drawn.
 
@@ -107,7 +87,7 @@ def filter_logits(logits: Tensor, *, temperature: float, top_k: int, top_p: floa
     return keep_top_p(logits, top_p) if top_p < 1 else logits
 
 
-# %% book/11-sample.md, exported cell 4 (0ccb6ea6)
+# %% book/11-sample.md, exported cell 5 (0ccb6ea6)
 def sample_logits(
     logits: Tensor,
     *,
@@ -130,7 +110,29 @@ def sample_logits(
     return (mass > target).to(torch.uint8).argmax(-1)  # the first that passes the target
 
 
-# %% book/11-sample.md, exported cell 5 (16f04fef)
+# %% book/11-sample.md, exported cell 6 (485fe43d)
+def repetition_penalty(logits: Tensor, ids: Sequence[int] | Tensor, penalty: float) -> Tensor:
+    """Make every id that has occurred less likely (Keskar et al. 2019), whatever its sign.
+
+    logits (..., V); ids (T,), or (..., T) with one history a row. A positive logit is divided by
+    the penalty, a negative one multiplied, once however often the id occurred.
+
+    >>> repetition_penalty(torch.tensor([2.0, -2.0, 1.0]), [0, 1, 1], 2.0).tolist()
+    [1.0, -4.0, 1.0]
+    """
+    if not 0 < penalty < float("inf"):
+        raise ValueError(f"repetition_penalty must be positive, not {penalty} (1 is off)")
+    seen = torch.as_tensor(ids, dtype=torch.int64, device=logits.device)
+    if penalty == 1 or seen.numel() == 0:
+        return logits
+    if seen.min() < 0 or seen.max() >= logits.shape[-1]:
+        raise ValueError(f"an id to penalise is not among the {logits.shape[-1]} of the logits")
+    seen = seen.expand(*logits.shape[:-1], -1)
+    old = logits.gather(-1, seen)  # an id that occurs twice is read twice ...
+    return logits.scatter(-1, seen, torch.where(old > 0, old / penalty, old * penalty))
+
+
+# %% book/11-sample.md, exported cell 7 (16f04fef)
 @dataclass(frozen=True)
 class SampleConfig:
     """How to continue a text; the filters act in the order penalty, temperature, top-k, top-p."""
@@ -164,7 +166,7 @@ class SampleConfig:
             raise ValueError(f"stop must be a tuple of strings, none empty, not {self.stop!r}")
 
 
-# %% book/11-sample.md, exported cell 6 (a52f1ee8)
+# %% book/11-sample.md, exported cell 8 (a52f1ee8)
 def next_logits(model: Transformer, ids: Sequence[int], cache: KVCache) -> Tensor:
     """Read ids after what the cache holds; the logits (V,) of what comes next."""
     device = next(model.parameters()).device
@@ -177,7 +179,7 @@ def next_logits(model: Transformer, ids: Sequence[int], cache: KVCache) -> Tenso
         model.train(training)
 
 
-# %% book/11-sample.md, exported cell 7 (694ecfbc)
+# %% book/11-sample.md, exported cell 9 (da380911)
 def generate_ids(
     model: Transformer,
     ids: Sequence[int],
@@ -198,6 +200,7 @@ def generate_ids(
     return _generate(model, list(ids), config, frozenset(stop_ids), vocab_size)
 
 
+# %% book/11-sample.md, exported cell 10 (47b01c2d)
 @torch.inference_mode()
 def _generate(
     model: Transformer,
@@ -230,7 +233,7 @@ def _generate(
         fresh = [token]
 
 
-# %% book/11-sample.md, exported cell 8 (dc717e49)
+# %% book/11-sample.md, exported cell 11 (dc717e49)
 def decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     """Bytes to text as they come, whole characters only; bytes that are no text become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -241,7 +244,7 @@ def decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
         yield text
 
 
-# %% book/11-sample.md, exported cell 9 (51dcc7dc)
+# %% book/11-sample.md, exported cell 12 (51dcc7dc)
 def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """Pass text on up to the first stop string to be completed, however it was cut into pieces.
 
@@ -263,7 +266,7 @@ def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
         yield held
 
 
-# %% book/11-sample.md, exported cell 10 (04f90c19)
+# %% book/11-sample.md, exported cell 13 (04f90c19)
 def stream(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -294,7 +297,7 @@ def generate(
     return "".join(stream(model, tokenizer, prompt, config))
 
 
-# %% book/11-sample.md, exported cell 11 (7e0d2695)
+# %% book/11-sample.md, exported cell 14 (7e0d2695)
 def boxed(text: str, width: int = 72, title: str = "") -> str:
     """The text in a box `width` columns wide, wrapped, with control characters made visible."""
     if width < 8:

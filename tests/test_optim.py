@@ -142,7 +142,10 @@ def test_decay_groups_cover_each_parameter_once():
 
 
 def test_schedule_ends_and_corners():
-    at = lambda s, **k: warmup_cosine(s, peak=2.0, total=1000, **k)  # noqa: E731
+
+    def at(step, **options):
+        return warmup_cosine(step, peak=2.0, total=1000, **options)
+
     assert at(0) == 2.0 / 200
     assert at(199) == 2.0
     assert at(999) == pytest.approx(0.2, abs=1e-15) and at(5000) == at(999)

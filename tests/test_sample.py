@@ -23,7 +23,7 @@ from nanolm.sample import (
 )
 from nanolm.tokenizer import END_OF_TEXT, Tokenizer
 
-OFF = dict(temperature=1.0, top_k=0, top_p=1.0)
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def random_logits(*shape, seed=0, scale=3.0):
@@ -157,8 +157,13 @@ def test_penalty_on_shared_history_and_empty_history():
 
 def test_the_token_that_crosses_top_p_is_included():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    kept = lambda p: int(filter_logits(logits, **{**OFF, "top_p": p}).isfinite().sum())  # noqa: E731
-    assert [kept(p) for p in (0.1, 0.5, 0.51, 0.79, 0.81, 0.94, 0.96)] == [1, 1, 2, 2, 3, 3, 4]
+    for p, kept in ((0.1, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.94, 3), (0.96, 4)):
+        assert filter_logits(logits, **{**OFF, "top_p": p}).isfinite().sum() == kept
+
+
+def test_of_equals_at_the_edge_of_the_nucleus_the_first_stay():
+    kept = filter_logits(torch.zeros(3, 100), **{**OFF, "top_p": 0.255}).isfinite()
+    assert kept[:, :26].all() and not kept[:, 26:].any()
 
 
 def test_temperature_zero_keeps_the_first_of_the_greatest():
@@ -200,15 +205,17 @@ def test_batch_shapes(shape):
 
 def test_extreme_draws_never_hit_an_excluded_token(monkeypatch):
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
-    for uniform, expected in ((0.0, 1), (1 - 2**-24, 3), (1.0 - 1e-9, 3)):
-        monkeypatch.setattr(torch, "rand", lambda *s, u=uniform, **k: torch.full(s, u).clamp(max=1 - 2**-24))
+    for uniform, expected in ((0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-24, 3)):
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=uniform, **_: torch.full(shape, u))
         assert sample_logits(logits) == expected
 
 
 def test_seeds():
     logits = random_logits(64, 100)
-    draw = lambda seed: sample_logits(logits, generator=torch.Generator().manual_seed(seed))  # noqa: E731
-    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    one, again, other = (
+        sample_logits(logits, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again) and not torch.equal(one, other)
     torch.manual_seed(7)
     first = sample_logits(logits)
     torch.manual_seed(7)
@@ -242,9 +249,11 @@ def test_past_the_context_the_window_slides_to_its_last_half(limit):
 def test_same_seed_same_ids_and_the_global_state_is_not_touched():
     model = small_model()
     state = torch.get_rng_state()
-    run = lambda seed: list(generate_ids(model, [1], SampleConfig(seed=seed, max_tokens=40)))  # noqa: E731
-    assert run(3) == run(3) != run(4)
-    assert run(None) != run(None)
+    one, again, other, free, freer = (
+        list(generate_ids(model, [1], SampleConfig(seed=seed, max_tokens=40)))
+        for seed in (3, 3, 4, None, None)
+    )
+    assert one == again != other and free != freer
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -372,8 +381,7 @@ def test_bad_settings_are_one_line(option):
     with pytest.raises(ValueError) as error:
         SampleConfig(**option)
     assert next(iter(option)) in str(error.value) and "\n" not in str(error.value)
-    name, value = next(iter(option.items()))
-    if name in OFF:
+    if next(iter(option)) in OFF:
         with pytest.raises(ValueError):
             sample_logits(torch.zeros(3), **option)
 
