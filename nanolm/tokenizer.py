@@ -26,15 +26,16 @@ __all__ = [
     "ID_OF_BYTE",
     "byte_ids",
     "spell",
+    "well_formed",
     "GPT2_SPLIT",
     "compile_split",
     "split_words",
-    "well_formed",
     "count_words",
     "WORD_END",
     "TokenPair",
     "lay_out",
     "find_pairs",
+    "pop_best",
     "learn_merges",
     "build_tokens",
     "merge_word",
@@ -83,24 +84,7 @@ def spell(token: bytes) -> str:
     return "".join(BYTE_CHARACTERS[byte] for byte in token)
 
 
-# %% book/01-tokenizer.md, exported cell 3 (29406f91)
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def compile_split(pattern: str) -> regex.Pattern[str]:
-    """Compile a split pattern; what it does not match will be cut into single characters."""
-    try:
-        return regex.compile(f"(?:{pattern})|(?s:.)")
-    except regex.error as error:
-        raise ValueError(f"the split pattern is no regular expression: {error}") from None
-
-
-def split_words(text: str, pattern: regex.Pattern[str]) -> Iterator[str]:
-    """Cut `text` into the words that no token may cross; joined, they are `text` again."""
-    return (match[0] for match in pattern.finditer(text) if match[0])
-
-
-# %% book/01-tokenizer.md, exported cell 4 (fe184bca)
+# %% book/01-tokenizer.md, exported cell 3 (fe184bca)
 def well_formed(text: str) -> str:
     """Return `text` with surrogate pairs joined and lone surrogates replaced by U+FFFD."""
     try:
@@ -108,6 +92,27 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+# %% book/01-tokenizer.md, exported cell 4 (7a1dcbeb)
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def compile_split(pattern: str) -> regex.Pattern[str]:
+    """Compile a split pattern; what it does not match will be cut into single characters."""
+    try:
+        pattern.encode()
+        compiled = regex.compile(f"(?:{pattern})|(?s:.)")
+    except (regex.error, RecursionError, UnicodeEncodeError) as error:
+        raise ValueError(f"the split pattern is no regular expression: {error}") from None
+    if r"\K" in pattern or compiled.flags & regex.REVERSE:
+        raise ValueError(r"the split pattern must not use \K or (?r): they lose or reorder text")
+    return compiled
+
+
+def split_words(text: str, pattern: regex.Pattern[str]) -> Iterator[str]:
+    """Cut `text` into the words that no token may cross; joined, they are `text` again."""
+    return (match[0] for match in pattern.finditer(text) if match[0])
 
 
 # %% book/01-tokenizer.md, exported cell 5 (1037ce7c)
@@ -123,13 +128,13 @@ def count_words(
     return words
 
 
-# %% book/01-tokenizer.md, exported cell 6 (7a647bbf)
+# %% book/01-tokenizer.md, exported cell 6 (0b3ac495)
 WORD_END = -1  # stands after each word, and where a token has been swallowed
 TokenPair = tuple[int, int]
 
 
 def lay_out(words: Mapping[str, int]) -> tuple[list[int], list[int]]:
-    """Lay the distinct words out in one row of ids, WORD_END after each; and each place's weight."""
+    """Lay the distinct words out in one row of ids, and give each place its word's count."""
     ids: list[int] = []
     weights: list[int] = []
     for word, count in words.items():
@@ -152,8 +157,24 @@ def find_pairs(
     return counts, places
 
 
-# %% book/01-tokenizer.md, exported cell 8 (bba33c0b)
-def learn_merges(words: Mapping[str, int], limit: int, *, progress: bool = False) -> list[TokenPair]:
+# %% book/01-tokenizer.md, exported cell 8 (6ae8cee4)
+def pop_best(
+    heap: list[tuple[int, TokenPair]], counts: Mapping[TokenPair, int]
+) -> TokenPair | None:
+    """Take the best pair off a heap of (-count, pair) entries, some of them out of date."""
+    while heap:
+        count, pair = heappop(heap)
+        if -count == counts[pair]:
+            return pair
+        if counts[pair]:
+            heappush(heap, (-counts[pair], pair))
+    return None
+
+
+# %% book/01-tokenizer.md, exported cell 9 (2f2c2add)
+def learn_merges(
+    words: Mapping[str, int], limit: int, *, progress: bool = False
+) -> list[TokenPair]:
     """Learn up to `limit` merges from distinct words and their counts.
 
     The most frequent pair comes first; of equals, the smallest (left id, right id). Merge k makes
@@ -165,39 +186,35 @@ def learn_merges(words: Mapping[str, int], limit: int, *, progress: bool = False
     heap = [(-count, pair) for pair, count in counts.items()]
     heapify(heap)
     merges: list[TokenPair] = []
-    with tqdm(total=limit, desc="learning merges", unit=" merges", disable=not progress) as bar:
-        while heap and len(merges) < limit:
-            count, pair = heappop(heap)
-            if -count != counts[pair]:  # it has lost some since: put it back where it belongs
-                if counts[pair]:
-                    heappush(heap, (-counts[pair], pair))
+    ids_to_give = range(256, 256 + limit)
+    for new in tqdm(ids_to_give, "learning merges", unit=" merges", disable=not progress):
+        if (pair := pop_best(heap, counts)) is None:
+            break
+        (left, right), born = pair, defaultdict[TokenPair, list[int]](list)
+        for i in places.pop(pair):
+            j = after[i]
+            if ids[i] != left or ids[j] != right:  # an earlier merge took one of them
                 continue
-            (left, right), new = pair, 256 + len(merges)
-            born: defaultdict[TokenPair, list[int]] = defaultdict(list)
-            for i in places.pop(pair):
-                j = after[i]
-                if ids[i] != left or ids[j] != right:  # an earlier merge took one of them
-                    continue
-                h, k, weight = before[i], after[j], weights[i]
-                if ids[h] != WORD_END:
-                    counts[ids[h], left] -= weight
-                    counts[ids[h], new] += weight
-                    born[ids[h], new].append(h)
-                if ids[k] != WORD_END:
-                    counts[right, ids[k]] -= weight
-                    counts[new, ids[k]] += weight
-                    born[new, ids[k]].append(i)
-                ids[i], ids[j], after[i], before[k] = new, WORD_END, k, i
-            counts[pair] = 0
-            places.update(born)
-            for fresh in born:
+            h, k, weight = before[i], after[j], weights[i]
+            if ids[h] != WORD_END:
+                counts[ids[h], left] -= weight
+                counts[ids[h], new] += weight
+                born[ids[h], new].append(h)
+            if ids[k] != WORD_END:
+                counts[right, ids[k]] -= weight
+                counts[new, ids[k]] += weight
+                born[new, ids[k]].append(i)
+            ids[i], ids[j], after[i], before[k] = new, WORD_END, k, i
+        counts[pair] = 0
+        places.update(born)
+        for fresh in born:
+            if counts[fresh]:
                 heappush(heap, (-counts[fresh], fresh))
-            merges.append(pair)
-            bar.update()
+        merges.append(pair)
     return merges
 
 
-# %% book/01-tokenizer.md, exported cell 9 (680fac4f)
+# %% book/01-tokenizer.md, exported cell 10 (680fac4f)
 def build_tokens(merges: Sequence[TokenPair]) -> list[bytes]:
     """Return the bytes of every token, id by id; ValueError if a merge makes no sense."""
     tokens = [bytes([byte]) for byte in BYTE_OF_ID]
@@ -212,7 +229,7 @@ def build_tokens(merges: Sequence[TokenPair]) -> list[bytes]:
     return tokens
 
 
-# %% book/01-tokenizer.md, exported cell 10 (c5b9ade6)
+# %% book/01-tokenizer.md, exported cell 11 (c5b9ade6)
 def merge_word(ids: Sequence[int], ranks: Mapping[TokenPair, int]) -> list[int]:
     """Apply the merges to one word, the earliest learnt first, in O(n log n).
 
@@ -236,7 +253,7 @@ def merge_word(ids: Sequence[int], ranks: Mapping[TokenPair, int]) -> list[int]:
     return [token for token in ids if token != WORD_END]
 
 
-# %% book/01-tokenizer.md, exported cell 11 (80ad10db)
+# %% book/01-tokenizer.md, exported cell 12 (80ad10db)
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -260,7 +277,7 @@ def choose_specials(allowed: Collection[str], specials: Mapping[str, int]) -> li
     return sorted(names, key=lambda name: (-len(name), name))
 
 
-# %% book/01-tokenizer.md, exported cell 12 (3349870f)
+# %% book/01-tokenizer.md, exported cell 13 (3349870f)
 def read_merges(lines: Iterable[str]) -> list[TokenPair]:
     """Turn merges spelt in stand-in characters, such as `Ġ t`, into pairs of ids."""
     ids = {character: i for i, character in enumerate(BYTE_CHARACTERS.values())}
@@ -274,7 +291,7 @@ def read_merges(lines: Iterable[str]) -> list[TokenPair]:
     return merges
 
 
-# %% book/01-tokenizer.md, exported cell 13 (829d6123)
+# %% book/01-tokenizer.md, exported cell 14 (829d6123)
 def seal(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of `content`, whatever the order of its keys or its white space."""
     compact = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -296,7 +313,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-# %% book/01-tokenizer.md, exported cell 14 (1b9aaa6d)
+# %% book/01-tokenizer.md, exported cell 15 (c20b4074)
 TOKENIZER_FORMAT = "nanolm-tokenizer"
 TOKENIZER_VERSION = 1
 LARGEST_TOKENIZER = 1 << 28  # bytes
@@ -321,7 +338,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise ValueError(f"{path}: not JSON, or cut short; copy it again or retrain") from None
     if not isinstance(content, dict) or content.get("format") != TOKENIZER_FORMAT:
-        raise ValueError(f"{path}: not a tokenizer of nanolm (its format is not {TOKENIZER_FORMAT!r})")
+        raise ValueError(f"{path}: not a tokenizer of nanolm (format {TOKENIZER_FORMAT!r})")
     if content.get("version") != TOKENIZER_VERSION:
         raise ValueError(f"{path}: its format version is not {TOKENIZER_VERSION}; upgrade nanolm")
     if not is_typed(content) or content.pop("sha256", None) != seal(content):
@@ -329,7 +346,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return content
 
 
-# %% book/01-tokenizer.md, exported cell 15 (39d77922)
+# %% book/01-tokenizer.md, exported cell 16 (2da2ffa9)
 CACHED_WORDS = 1 << 17
 CACHED_LENGTH = 32  # characters
 
@@ -340,7 +357,7 @@ class Tokenizer:
     Ids 0 to 255 are the bytes in the order of their stand-in characters, id 256 + k is what merge
     k makes, and the special tokens come last. Bad arguments raise ValueError.
 
-    >>> tokenizer = Tokenizer.train(["the fox, the clock, the fox"], 262)
+    >>> tokenizer = Tokenizer.train(["the fox, the clock, the fox"], 263)
     >>> [tokenizer.token_bytes(i) for i in tokenizer.encode("the fox")]
     [b'the', b' fox']
     """
