@@ -37,11 +37,14 @@ __all__ = [
     "TrainConfig",
     "TRAIN_PRESETS",
     "LossFunction",
-    "pick_device",
-    "loss_function",
     "to_device",
     "accumulate",
+    "pick_device",
+    "loss_function",
     "evaluate",
+    "prepare_data",
+    "open_data",
+    "fit_vocabulary",
     "write_file",
     "fingerprint",
     "pack_optimizer",
@@ -50,35 +53,32 @@ __all__ = [
     "MOMENTS_FILE",
     "STATE_FILE",
     "save_checkpoint",
-    "step_folders",
-    "drop_checkpoints",
     "read_state",
     "read_tensors",
+    "step_folders",
+    "drop_checkpoints",
     "load_run",
     "Checkpoint",
     "read_checkpoint",
     "load_checkpoint",
     "metrics",
     "append_metrics",
-    "prepare_data",
-    "open_data",
-    "fit_vocabulary",
-    "FIXED",
-    "check_resume",
     "Run",
     "train_step",
-    "restore",
-    "open_run",
     "collect",
     "validate",
     "show_sample",
     "report",
+    "FIXED",
+    "check_resume",
+    "restore",
+    "open_run",
     "caught_signals",
     "train",
 ]
 
 
-# %% book/09-train.md, exported cell 1 (d6843a38)
+# %% book/09-train.md, exported cell 1 (706e1767)
 Log = Callable[[str], Any]
 
 
@@ -129,8 +129,9 @@ class TrainConfig:
         for option in fields(self):
             low, high = option.metadata["range"]
             if low is not None and not low <= getattr(self, option.name) <= high:
+                bounds = f"{low} or more" if high == float("inf") else f"from {low} to {high}"
                 got = getattr(self, option.name)
-                raise ValueError(f"{option.name} must lie between {low} and {high}, not {got}")
+                raise ValueError(f"{option.name} must be {bounds}, not {got}")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be under steps {self.steps}")
         if Path(self.name).name != self.name or self.name in ("", ".."):
@@ -156,10 +157,32 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# %% book/09-train.md, exported cell 3 (19031abb)
+# %% book/09-train.md, exported cell 3 (08e56fc5)
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
+def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Move a batch; to a GPU through pinned memory, so that the copy overlaps the computing."""
+    if device.type == "cuda":
+        inputs, targets = (part.pin_memory() for part in batch)
+        return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    return batch[0].to(device), batch[1].to(device)
+
+
+def accumulate(loss_of: LossFunction, micro: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
+    """Add the gradient of the mean loss over `count` equal micro-batches to `.grad`.
+
+    Returns that mean loss (nats a token), a scalar that stays on the device.
+    """
+    losses = []
+    for inputs, targets in micro:
+        loss = loss_of(inputs, targets) / count
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+# %% book/09-train.md, exported cell 4 (d55e7d58)
 def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is a CUDA card if there is one. ValueError if unusable."""
     if name == "auto":
@@ -185,28 +208,6 @@ def loss_function(model: Transformer, device: torch.device, config: TrainConfig)
     return loss_of
 
 
-# %% book/09-train.md, exported cell 4 (ee2969af)
-def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Move a batch; to a GPU through pinned memory, so that the copy overlaps the computing."""
-    if device.type == "cuda":
-        inputs, targets = (part.pin_memory() for part in batch)
-        return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-    return batch[0].to(device), batch[1].to(device)
-
-
-def accumulate(loss_of: LossFunction, micro: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
-    """Add the gradient of the mean loss over `count` equal micro-batches to `.grad`.
-
-    Returns that mean loss (nats a token), a scalar that stays on the device.
-    """
-    losses = []
-    for inputs, targets in micro:
-        loss = loss_of(inputs, targets) / count
-        loss.backward()
-        losses.append(loss.detach())
-    return torch.stack(losses).sum()
-
-
 # %% book/09-train.md, exported cell 5 (a55210c3)
 @torch.no_grad()
 def evaluate(
@@ -218,7 +219,51 @@ def evaluate(
     return torch.stack(losses).mean().item()
 
 
-# %% book/09-train.md, exported cell 6 (dadc2883)
+# %% book/09-train.md, exported cell 6 (e151310b)
+def prepare_data(config: TrainConfig, vocab_size: int, folder: Path, progress: bool) -> None:
+    """Turn the config's text into token shards, with its tokenizer or a newly trained one."""
+    if config.tokenizer:
+        tokenizer = Tokenizer.load(config.tokenizer)
+    else:
+        split = None if config.val_data else "train"
+        texts = read_documents(config.data, split=split, val_fraction=config.val_fraction)
+        tokenizer = Tokenizer.train(texts, vocab_size, progress=progress)
+    options: Any = dict(val_sources=config.val_data, val_fraction=config.val_fraction)
+    prepare(config.data, folder, tokenizer, progress=progress, **options)
+
+
+# %% book/09-train.md, exported cell 7 (7285c3af)
+def open_data(
+    config: TrainConfig, vocab_size: int, run: Path, *, resume: bool = False, progress: bool = False
+) -> tuple[Tokenizer, TokenData, TokenData]:
+    """The tokenizer, training and validation tokens; text is first prepared into run/data."""
+    folder = Path(config.data[0])
+    if len(config.data) > 1 or not (folder / "tokenizer.json").is_file():
+        folder = run / "data"
+        if not (resume and (folder / "tokenizer.json").is_file()):
+            prepare_data(config, vocab_size, folder, progress)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    data = TokenData(folder, "train"), TokenData(folder, "val")
+    prints = {part.meta["tokenizer"] for part in data}
+    if config.tokenizer:
+        prints.add(Tokenizer.load(config.tokenizer).fingerprint)
+    if prints != {tokenizer.fingerprint}:
+        raise ValueError(f"{folder} was made with another tokenizer: prepare the text again")
+    return tokenizer, *data
+
+
+# %% book/09-train.md, exported cell 8 (c2d07119)
+def fit_vocabulary(config: ModelConfig, tokenizer: Tokenizer, log: Log = print) -> ModelConfig:
+    """The model's config with exactly the tokenizer's vocabulary; ValueError if it has no room."""
+    size, room = tokenizer.vocab_size, config.vocab_size
+    if size > room:
+        raise ValueError(f"the tokenizer has {size} ids, more than the model's vocab_size {room}")
+    if size < room:
+        log(f"vocab_size is {size}, not {room}: the tokenizer has no more ids")
+    return replace(config, vocab_size=size)
+
+
+# %% book/09-train.md, exported cell 9 (dadc2883)
 def write_file(path: Path, content: bytes) -> str:
     """Write to a temporary name, flush to the disk, rename. Returns the sha256 (hex)."""
     temporary = path.with_name(path.name + ".tmp")
@@ -235,7 +280,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-# %% book/09-train.md, exported cell 7 (2aa048f5)
+# %% book/09-train.md, exported cell 10 (2aa048f5)
 def pack_optimizer(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors by name: `blocks.0.attn.q_proj.weight/exp_avg` and so on."""
     named = [(name, optimizer.state[weight]) for name, weight in model.named_parameters()]
@@ -251,7 +296,7 @@ def unpack_optimizer(model: Transformer, optimizer: Optimizer, tensors: dict[str
         optimizer.state[weights[name]][key] = value.to(place)
 
 
-# %% book/09-train.md, exported cell 8 (7df04dd5)
+# %% book/09-train.md, exported cell 11 (7df04dd5)
 WEIGHTS_FILE = "model.safetensors"
 MOMENTS_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -287,30 +332,7 @@ def save_checkpoint(
     return folder
 
 
-# %% book/09-train.md, exported cell 9 (aed3da10)
-def step_folders(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [path for path in run.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def drop_checkpoints(run: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the one with the lowest val_loss."""
-
-    def val_loss(folder: Path) -> float:
-        try:
-            return float(read_state(folder)["val_loss"])
-        except (OSError, ValueError, KeyError, TypeError):  # damaged, or never evaluated
-            return float("inf")
-
-    folders = step_folders(run)
-    best = min(folders, key=val_loss)
-    for folder in folders[:-keep]:
-        if folder != best:
-            shutil.rmtree(folder)
-
-
-# %% book/09-train.md, exported cell 10 (2d972579)
+# %% book/09-train.md, exported cell 12 (2d972579)
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint, its own checksum tested. ValueError when damaged."""
     try:
@@ -334,7 +356,30 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds no tensors: {error}") from None
 
 
-# %% book/09-train.md, exported cell 11 (3f329347)
+# %% book/09-train.md, exported cell 13 (aed3da10)
+def step_folders(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in run.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def drop_checkpoints(run: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep` and the one with the lowest val_loss."""
+
+    def val_loss(folder: Path) -> float:
+        try:
+            return float(read_state(folder)["val_loss"])
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or never evaluated
+            return float("inf")
+
+    folders = step_folders(run)
+    best = min(folders, key=val_loss)
+    for folder in folders[:-keep]:
+        if folder != best:
+            shutil.rmtree(folder)
+
+
+# %% book/09-train.md, exported cell 14 (3f329347)
 def load_run(run: str | Path) -> tuple[ModelConfig, TrainConfig]:
     """The two configs of a run's config.json. FileNotFoundError or ValueError, in one line."""
     path = Path(run) / "config.json"
@@ -347,7 +392,7 @@ def load_run(run: str | Path) -> tuple[ModelConfig, TrainConfig]:
         raise ValueError(f"{path} is not the config of a run: {error}") from None
 
 
-# %% book/09-train.md, exported cell 12 (f0929c02)
+# %% book/09-train.md, exported cell 15 (f0929c02)
 @dataclass
 class Checkpoint:
     """A model read from the disk, with what is needed to use it or to train it further."""
@@ -375,7 +420,7 @@ def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> Checkpo
     return Checkpoint(model.to(device), tokenizer, state["step"], folder, state, moments)
 
 
-# %% book/09-train.md, exported cell 13 (476620f2)
+# %% book/09-train.md, exported cell 16 (476620f2)
 def load_checkpoint(
     path: str | Path, device: str | torch.device = "cpu", *, log: Log = print
 ) -> Checkpoint:
@@ -396,7 +441,7 @@ def load_checkpoint(
     raise FileNotFoundError(f"no checkpoint in {path}: is that the folder of a run?")
 
 
-# %% book/09-train.md, exported cell 14 (7456b14e)
+# %% book/09-train.md, exported cell 17 (7456b14e)
 def metrics(run: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl: one a step, and one an evaluation."""
     path = Path(run) / "metrics.jsonl"
@@ -410,65 +455,7 @@ def append_metrics(run: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-# %% book/09-train.md, exported cell 15 (e151310b)
-def prepare_data(config: TrainConfig, vocab_size: int, folder: Path, progress: bool) -> None:
-    """Turn the config's text into token shards, with its tokenizer or a newly trained one."""
-    if config.tokenizer:
-        tokenizer = Tokenizer.load(config.tokenizer)
-    else:
-        split = None if config.val_data else "train"
-        texts = read_documents(config.data, split=split, val_fraction=config.val_fraction)
-        tokenizer = Tokenizer.train(texts, vocab_size, progress=progress)
-    options: Any = dict(val_sources=config.val_data, val_fraction=config.val_fraction)
-    prepare(config.data, folder, tokenizer, progress=progress, **options)
-
-
-# %% book/09-train.md, exported cell 16 (7285c3af)
-def open_data(
-    config: TrainConfig, vocab_size: int, run: Path, *, resume: bool = False, progress: bool = False
-) -> tuple[Tokenizer, TokenData, TokenData]:
-    """The tokenizer, training and validation tokens; text is first prepared into run/data."""
-    folder = Path(config.data[0])
-    if len(config.data) > 1 or not (folder / "tokenizer.json").is_file():
-        folder = run / "data"
-        if not (resume and (folder / "tokenizer.json").is_file()):
-            prepare_data(config, vocab_size, folder, progress)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    data = TokenData(folder, "train"), TokenData(folder, "val")
-    prints = {part.meta["tokenizer"] for part in data}
-    if config.tokenizer:
-        prints.add(Tokenizer.load(config.tokenizer).fingerprint)
-    if prints != {tokenizer.fingerprint}:
-        raise ValueError(f"{folder} was made with another tokenizer: prepare the text again")
-    return tokenizer, *data
-
-
-# %% book/09-train.md, exported cell 17 (c2d07119)
-def fit_vocabulary(config: ModelConfig, tokenizer: Tokenizer, log: Log = print) -> ModelConfig:
-    """The model's config with exactly the tokenizer's vocabulary; ValueError if it has no room."""
-    size, room = tokenizer.vocab_size, config.vocab_size
-    if size > room:
-        raise ValueError(f"the tokenizer has {size} ids, more than the model's vocab_size {room}")
-    if size < room:
-        log(f"vocab_size is {size}, not {room}: the tokenizer has no more ids")
-    return replace(config, vocab_size=size)
-
-
-# %% book/09-train.md, exported cell 18 (c8a14bf6)
-FIXED = ("data", "val_data", "val_fraction", "tokenizer", "batch_size", "grad_accum", "seed")
-
-
-def check_resume(run: Path, model_config: ModelConfig, config: TrainConfig) -> None:
-    """ValueError naming the first option that the run on disk has otherwise."""
-    old_model, old = load_run(run)
-    size = min(model_config.vocab_size, old_model.vocab_size)  # it may have been cut to fit
-    new = asdict(config) | asdict(replace(model_config, vocab_size=size))
-    for name, value in (asdict(old_model) | {name: getattr(old, name) for name in FIXED}).items():
-        if new[name] != value:
-            raise ValueError(f"cannot resume {run}: its {name} is {value!r}, not {new[name]!r}")
-
-
-# %% book/09-train.md, exported cell 19 (560fe748)
+# %% book/09-train.md, exported cell 18 (560fe748)
 @dataclass
 class Run:
     """All that a training run holds between two steps."""
@@ -487,7 +474,7 @@ class Run:
     clock: float = field(default_factory=time.perf_counter)
 
 
-# %% book/09-train.md, exported cell 20 (0157f56a)
+# %% book/09-train.md, exported cell 19 (0157f56a)
 def train_step(run: Run) -> None:
     """One optimizer step. Nothing here waits for the device: loss and norm stay tensors."""
     c, device = run.config, next(run.model.parameters()).device
@@ -505,7 +492,82 @@ def train_step(run: Run) -> None:
     run.pending.append((loss, norm, lr))
 
 
-# %% book/09-train.md, exported cell 21 (95f23e7d)
+# %% book/09-train.md, exported cell 20 (3ab44bc1)
+def collect(run: Run) -> str:
+    """Fetch the losses since the last call, append them to the metrics, return the log line."""
+    c, count = run.config, len(run.pending)
+    losses = torch.stack([loss for loss, _, _ in run.pending]).tolist()
+    norms = torch.stack([norm for _, norm, _ in run.pending]).tolist()
+    tokens = count * c.batch_size * c.grad_accum * run.model.config.max_seq_len
+    speed = round(tokens / (time.perf_counter() - run.clock))
+    for i, (_, _, lr) in enumerate(run.pending):
+        row = {"step": run.step - count + 1 + i, "loss": losses[i], "lr": lr}
+        append_metrics(run.folder, row | {"grad_norm": norms[i], "tokens_per_second": speed})
+    run.pending.clear()
+    step, rate = f"{run.step:0{len(str(c.steps))}}", f"{lr:.1e}".replace("e-0", "e-")
+    return f"step {step}/{c.steps}  loss {sum(losses) / count:.3f}  lr {rate}  tok/s {speed}"
+
+
+# %% book/09-train.md, exported cell 21 (0807a626)
+def validate(run: Run) -> str:
+    """Evaluate, append the result to the metrics, return what it adds to the log line."""
+    batches, floor = run.val_batches, run.val_batches.data.meta["floor"]
+    n = max(1, min(run.config.eval_batches, batches.windows // batches.batch_size))
+    run.val_loss = evaluate(run.model, batches, n, loss_of=run.loss_of)
+    append_metrics(run.folder, {"step": run.step, "val_loss": run.val_loss, "floor": floor})
+    return f"  val {run.val_loss:.3f}" + ("" if floor is None else f"  floor {floor:.3f}")
+
+
+# %% book/09-train.md, exported cell 22 (d0cc7365)
+def show_sample(run: Run) -> str:
+    """A boxed sample of the model as it is, from the run's seed: always the same dice."""
+    prompt = run.config.sample_prompt
+    text = stream(run.model, run.tokenizer, prompt, SampleConfig(seed=run.config.seed))
+    return boxed(prompt + "".join(text), title=f"step {run.step}")
+
+
+# %% book/09-train.md, exported cell 23 (23944eb4)
+def report(run: Run, say: Log, stopping: bool) -> str:
+    """After a step: log, validate, sample and save, each when its time has come.
+
+    Returns the log line, empty where there was none.
+    """
+    c, last = run.config, run.step == run.config.steps
+
+    def due(every: int) -> bool:
+        return every > 0 and (last or run.step % every == 0)
+
+    save = stopping or last or due(c.checkpoint_every)
+    if not (save or due(c.log_every) or due(c.eval_every) or due(c.sample_every)):
+        return ""
+    line = collect(run) + (validate(run) if due(c.eval_every) else "")
+    say(line)
+    if due(c.sample_every):
+        say(show_sample(run))
+    if save:
+        text = fingerprint(run.batches.data.meta)
+        data = {"cursor": run.step * c.grad_accum, "text": text}
+        facts: Any = dict(step=run.step, keep=c.keep, val_loss=run.val_loss, data=data)
+        save_checkpoint(run.folder, run.model, run.optimizer, **facts)
+    run.clock = time.perf_counter()
+    return line
+
+
+# %% book/09-train.md, exported cell 24 (c8a14bf6)
+FIXED = ("data", "val_data", "val_fraction", "tokenizer", "batch_size", "grad_accum", "seed")
+
+
+def check_resume(run: Path, model_config: ModelConfig, config: TrainConfig) -> None:
+    """ValueError naming the first option that the run on disk has otherwise."""
+    old_model, old = load_run(run)
+    size = min(model_config.vocab_size, old_model.vocab_size)  # it may have been cut to fit
+    new = asdict(config) | asdict(replace(model_config, vocab_size=size))
+    for name, value in (asdict(old_model) | {name: getattr(old, name) for name in FIXED}).items():
+        if new[name] != value:
+            raise ValueError(f"cannot resume {run}: its {name} is {value!r}, not {new[name]!r}")
+
+
+# %% book/09-train.md, exported cell 25 (95f23e7d)
 def restore(run: Run, log: Log) -> None:
     """Put a run back where its newest good checkpoint left it."""
     if step_folders(run.folder):
@@ -522,7 +584,7 @@ def restore(run: Run, log: Log) -> None:
     log(f"resuming {run.folder} after step {run.step}")
 
 
-# %% book/09-train.md, exported cell 22 (4001c264)
+# %% book/09-train.md, exported cell 26 (4001c264)
 def open_run(
     model_config: ModelConfig, config: TrainConfig, *, resume: bool, log: Log, progress: bool
 ) -> Run:
@@ -553,67 +615,6 @@ def open_run(
     configs = {"model": asdict(model_config), "train": asdict(config)}
     write_file(folder / "config.json", json.dumps(configs, indent=1).encode())
     return run
-
-
-# %% book/09-train.md, exported cell 23 (3ab44bc1)
-def collect(run: Run) -> str:
-    """Fetch the losses since the last call, append them to the metrics, return the log line."""
-    c, count = run.config, len(run.pending)
-    losses = torch.stack([loss for loss, _, _ in run.pending]).tolist()
-    norms = torch.stack([norm for _, norm, _ in run.pending]).tolist()
-    tokens = count * c.batch_size * c.grad_accum * run.model.config.max_seq_len
-    speed = round(tokens / (time.perf_counter() - run.clock))
-    for i, (_, _, lr) in enumerate(run.pending):
-        row = {"step": run.step - count + 1 + i, "loss": losses[i], "lr": lr}
-        append_metrics(run.folder, row | {"grad_norm": norms[i], "tokens_per_second": speed})
-    run.pending.clear()
-    step, rate = f"{run.step:0{len(str(c.steps))}}", f"{lr:.1e}".replace("e-0", "e-")
-    return f"step {step}/{c.steps}  loss {sum(losses) / count:.3f}  lr {rate}  tok/s {speed}"
-
-
-# %% book/09-train.md, exported cell 24 (0807a626)
-def validate(run: Run) -> str:
-    """Evaluate, append the result to the metrics, return what it adds to the log line."""
-    batches, floor = run.val_batches, run.val_batches.data.meta["floor"]
-    n = max(1, min(run.config.eval_batches, batches.windows // batches.batch_size))
-    run.val_loss = evaluate(run.model, batches, n, loss_of=run.loss_of)
-    append_metrics(run.folder, {"step": run.step, "val_loss": run.val_loss, "floor": floor})
-    return f"  val {run.val_loss:.3f}" + ("" if floor is None else f"  floor {floor:.3f}")
-
-
-# %% book/09-train.md, exported cell 25 (d0cc7365)
-def show_sample(run: Run) -> str:
-    """A boxed sample of the model as it is, from the run's seed: always the same dice."""
-    prompt = run.config.sample_prompt
-    text = stream(run.model, run.tokenizer, prompt, SampleConfig(seed=run.config.seed))
-    return boxed(prompt + "".join(text), title=f"step {run.step}")
-
-
-# %% book/09-train.md, exported cell 26 (23944eb4)
-def report(run: Run, say: Log, stopping: bool) -> str:
-    """After a step: log, validate, sample and save, each when its time has come.
-
-    Returns the log line, empty where there was none.
-    """
-    c, last = run.config, run.step == run.config.steps
-
-    def due(every: int) -> bool:
-        return every > 0 and (last or run.step % every == 0)
-
-    save = stopping or last or due(c.checkpoint_every)
-    if not (save or due(c.log_every) or due(c.eval_every) or due(c.sample_every)):
-        return ""
-    line = collect(run) + (validate(run) if due(c.eval_every) else "")
-    say(line)
-    if due(c.sample_every):
-        say(show_sample(run))
-    if save:
-        text = fingerprint(run.batches.data.meta)
-        data = {"cursor": run.step * c.grad_accum, "text": text}
-        facts: Any = dict(step=run.step, keep=c.keep, val_loss=run.val_loss, data=data)
-        save_checkpoint(run.folder, run.model, run.optimizer, **facts)
-    run.clock = time.perf_counter()
-    return line
 
 
 # %% book/09-train.md, exported cell 27 (d8fb2d82)
