@@ -261,7 +261,7 @@ def init_weights(model: nn.Module, n_layer: int) -> None:
             nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * n_layer) if writes else 1.0))
 
 
-# %% book/05-transformer.md, exported cell 5 (551927e9)
+# %% book/05-transformer.md, exported cell 5 (8946d6bc)
 class Transformer(nn.Module):
     """A decoder-only language model whose head is its embedding (Press and Wolf 2017).
 
@@ -288,10 +288,11 @@ class Transformer(nn.Module):
         self.build_tables()  # and none may round the tables
         return self
 
-    def check(self, ids: Tensor, end: int) -> None:
-        """Raise ValueError unless ids (B, T) are in the vocabulary and end within max_seq_len."""
+    def check(self, ids: Tensor, start: int) -> int:
+        """The position behind ids (B, T) that begin at start; ValueError for ids or length."""
         if ids.dim() != 2 or not ids.numel():
             raise ValueError(f"ids must have shape (batch, time), not {tuple(ids.shape)}")
+        end = start + ids.size(1)
         if end > self.config.max_seq_len:
             raise ValueError(f"{end} tokens are more than max_seq_len {self.config.max_seq_len}")
         if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would wait
@@ -299,12 +300,12 @@ class Transformer(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high
                 raise ValueError(f"token id {bad} is not in 0..{self.config.vocab_size - 1}")
+        return end
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """States after the last norm, (B, T, d_model). With a cache, ids continue what it holds."""
         start = cache.length if cache is not None else 0
-        end = start + ids.size(-1)
-        self.check(ids, end)
+        end = self.check(ids, start)
         cos, sin = (table[start:end] for table in self.tables)
         x = self.embedding(ids)
         for layer, block in enumerate(self.blocks):
