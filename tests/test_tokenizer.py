@@ -9,11 +9,12 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import regex
 import tiktoken
 import tokenizers
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
 
 from nanolm import tokenizer as module
 from nanolm.tokenizer import (
@@ -162,6 +163,15 @@ def test_merges_and_ids_equal_hugging_face(texts):
         assert tokenizer.encode(text) == peer.encode(text).ids
 
 
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.text("abé \n'", min_size=1, max_size=40), min_size=1, max_size=6))
+def test_merges_equal_hugging_face_where_nearly_all_are_ties(texts):
+    tokenizer = Tokenizer.train(texts, 300, special_tokens=())
+    spelt = [spell(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
+    model = json.loads(hugging_face(texts, 300).to_str())["model"]
+    assert model["vocab"] == {text: i for i, text in enumerate(spelt)}
+
+
 def test_of_equally_frequent_pairs_the_smallest_ids_win():
     tokenizer = Tokenizer.train(["bc b"], 258)
     assert [tokenizer.token_bytes(256)] == [b"bc"]  # a space stands for id 220, after b
@@ -242,9 +252,9 @@ def test_ids_equal_tiktoken(pattern):
         assert tokenizer.decode(ids) == peer.decode(ids) == text
 
 
-def test_every_code_point_encodes_as_in_tiktoken(small):
+def test_every_code_point_of_two_planes_encodes_as_in_tiktoken(small):
     peer = tiktoken_of(small)
-    points = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    points = [chr(i) for i in range(0x20000) if not 0xD800 <= i < 0xE000]
     for start in range(0, len(points), 1 << 14):
         text = "a".join(points[start : start + (1 << 14)])
         ids = small.encode(text)
