@@ -166,17 +166,18 @@ class SampleConfig:
             raise ValueError(f"stop must be a tuple of strings, none empty, not {self.stop!r}")
 
 
-# %% book/11-sample.md, exported cell 8 (a52f1ee8)
+# %% book/11-sample.md, exported cell 8 (5602aeef)
 def next_logits(model: Transformer, ids: Sequence[int], cache: KVCache) -> Tensor:
     """Read ids after what the cache holds; the logits (V,) of what comes next."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
+    device, training = next(model.parameters()).device, model.training
+    if training:
+        model.eval()
     try:
         hidden = model.hidden(torch.tensor([list(ids)], device=device), cache)  # (1, T, d_model)
         return model.logits(hidden[0, -1])  # the head is wanted for the last position only
     finally:
-        model.train(training)
+        if training:
+            model.train()
 
 
 # %% book/11-sample.md, exported cell 9 (da380911)

@@ -207,3 +207,25 @@ def test_clip_without_gradients_or_with_a_bad_bound():
     for bound in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="max_norm"):
             clip_grad_norm(net().parameters(), bound)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_nothing_waits_and_torch_agrees():
+    a, b = net().cuda(), net().cuda()
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    ours = AdamW(a.parameters(), **options)
+    theirs = torch.optim.AdamW(b.parameters(), **options)
+    for step in range(50):
+        for model in (a, b):
+            for i, p in enumerate(model.parameters()):
+                generator = torch.Generator(device="cuda").manual_seed(100 * step + i)
+                p.grad = torch.randn(p.shape, generator=generator, device="cuda")
+        torch.nn.utils.clip_grad_norm_(b.parameters(), 1.0)
+        theirs.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            clip_grad_norm(a.parameters(), 1.0)
+            ours.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_same(a, b, ulps=16)
