@@ -45,7 +45,8 @@ __all__ = [
     "CONSTANT",
     "import_block",
     "rank",
-    "from_line",
+    "order",
+    "from_lines",
     "START",
     "HEADER",
     "render",
@@ -228,7 +229,7 @@ def read(book: Book, path: Path, text: str = "") -> Chapter:
     return Chapter(path, name, text, headings[:2][-1], module, cells, notebook)
 
 
-# %% book/17-tangle.md, exported cell 6 (00ea511a)
+# %% book/17-tangle.md, exported cell 6 (0e905927)
 CONSTANT = re.compile(r"[A-Z_][A-Z0-9_]+\b")
 
 
@@ -242,7 +243,7 @@ def import_block(nodes: list[ast.Import | ast.ImportFrom], package: str) -> str:
             members.setdefault(node.module or ".", set()).update(map(ast.unparse, node.names))
     lines = [(rank(name, package), f"import {name}") for name in sorted(whole, key=str.lower)]
     for name in sorted(members, key=str.lower):
-        lines.append((rank(name, package), from_line(name, members[name])))
+        lines.append((rank(name, package), from_lines(name, members[name])))
     groups = ["\n".join(line for rank, line in lines if rank == group) for group in range(4)]
     return "\n\n".join(group for group in groups if group)
 
@@ -254,11 +255,20 @@ def rank(module: str, package: str) -> int:
     return 3 if root == package else known
 
 
-def from_line(module: str, names: set[str]) -> str:
-    """`from module import ...`, in the usual order of names: CONSTANTS, Classes, functions."""
-    order = sorted(names, key=lambda name: (not CONSTANT.match(name), name[0].islower(), name))
-    line, tall = f"from {module} import {', '.join(order)}", ",\n    ".join(order)
-    return line if len(line) <= 100 else f"from {module} import (\n    {tall},\n)"
+def order(name: str) -> tuple[bool, bool, str, str]:
+    """The usual order of names: CONSTANTS, Classes, functions; each without regard to case."""
+    return not CONSTANT.match(name), name[0].islower(), name.lower(), name
+
+
+def from_lines(module: str, names: set[str]) -> str:
+    """`from module import ...`: plain names on one line, each renamed one on its own."""
+    plain = sorted((name for name in names if " as " not in name), key=order)
+    groups = [[name] for name in names - set(plain)] + [plain] * bool(plain)
+    lines = []
+    for group in sorted(groups, key=lambda group: order(group[0])):
+        line, tall = f"from {module} import {', '.join(group)}", ",\n    ".join(group)
+        lines.append(line if len(line) <= 100 else f"from {module} import (\n    {tall},\n)")
+    return "\n".join(lines)
 
 
 # %% book/17-tangle.md, exported cell 7 (1e2f243d)
@@ -399,16 +409,13 @@ sys.meta_path.insert(0, _BeforeTriton())
 '''
 
 
-# %% book/17-tangle.md, exported cell 10 (1830c1fd)
+# %% book/17-tangle.md, exported cell 10 (8facd663)
 def render_front(book: Book, texts: dict[str, str]) -> str:
     """The text of the package's `__init__.py`."""
     project, public = book.root / "pyproject.toml", public_names(texts)
     settings = project.read_text(encoding="utf-8") if project.exists() else ""
     modules = {module: [n for n in public if public[n] == module] for module in public.values()}
-    imports = [
-        from_line(f"{book.package}.{module}", {f"{name} as {name}" for name in names})
-        for module, names in modules.items()
-    ]
+    imports = [from_lines(f"{book.package}.{m}", set(names)) for m, names in modules.items()]
     end = "\n" if public else ""
     return FRONT.format(
         package=book.package,

@@ -1,0 +1,82 @@
+"""What nbval leaves out: pictures by their pixels, cells never run, results lost to a semicolon.
+
+A figure drawn again by the same matplotlib is equal to the last bit, so the tolerance is tiny.
+Cells tagged `approx-figure` draw numbers from training, which differ a little between processors.
+"""
+
+import base64
+import io
+import os
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from nbval.kernel import RunningKernel
+from nbval.plugin import IPyNbCell, NbCellError
+
+os.environ.update(OMP_NUM_THREADS="2", PYTHONHASHSEED="0")  # as the notebooks were run
+os.environ.pop("MPLBACKEND", None)
+
+RMS = 0.05  # root mean square difference, of 255
+APPROX_RMS = 3.0
+
+
+def execute_cell_input(self, source, allow_stdin=None):
+    """As nbval's, but with history: without it IPython overlooks a trailing semicolon."""
+    return self.kc.execute(source, store_history=True, allow_stdin=allow_stdin, stop_on_error=False)
+
+
+RunningKernel.execute_cell_input = execute_cell_input
+
+
+def pictures(outputs):
+    for output in outputs:
+        if "image/png" in output.get("data", {}):
+            data = base64.b64decode(output["data"]["image/png"])
+            yield imread(io.BytesIO(data), format="png") * 255
+
+
+def picture_difference(stored, new, tolerance=RMS):
+    """What differs between the pictures of two lists of outputs; empty if nothing does."""
+    stored, new = list(pictures(stored)), list(pictures(new))
+    if len(stored) != len(new):
+        return f"{len(stored)} pictures became {len(new)}"
+    for number, (a, b) in enumerate(zip(stored, new, strict=True), 1):
+        if a.shape != b.shape:
+            return f"picture {number}: {a.shape} became {b.shape}"
+        rms = float(np.sqrt(np.mean((a - b) ** 2)))
+        if rms > tolerance:
+            return f"picture {number}: root mean square difference {rms:.2f} of 255"
+    return ""
+
+
+class Comparison:
+    """nbval's own comparison of one cell, and then the pictures."""
+
+    def __init__(self, item):
+        self.item, self.plain = item, item.compare_outputs
+        tags = item.cell.metadata.get("tags", [])
+        self.tolerance = APPROX_RMS if "approx-figure" in tags else RMS
+
+    def __call__(self, new, stored, skip_compare=None):
+        if not self.plain(new, stored, skip_compare):
+            return False
+        why = picture_difference(stored, new, self.tolerance)
+        if why:
+            self.item.comparison_traceback = [why]
+        return not why
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if isinstance(item, IPyNbCell):
+            item.compare_outputs = Comparison(item)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    if not isinstance(item, IPyNbCell) or not item.cell.source.strip():
+        return
+    if item.cell.execution_count is None or item.options["skip"]:
+        why = "this cell was never run, or is told to be skipped"
+        raise NbCellError(item.cell_num, why, item.cell.source)
