@@ -1,5 +1,4 @@
 # Two commands: `make book` and `make test`. Each does all the setting up that is still to be done.
-SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,9 +24,17 @@ $(READY): pyproject.toml book/constraints.txt
 	  --constraint book/constraints.txt --editable '.[test]'
 	@touch $@
 
+# the last checkpoint of a finished run is the one that its config.json asks for
+FINISHED := import json, pathlib; run = pathlib.Path("$(POCKET)"); \
+  steps = json.loads((run / "config.json").read_text())["train"]["steps"]; \
+  raise SystemExit(not (run / f"step-{steps:06d}").is_dir())
+
 book: $(READY)
-	@$(BIN)/python -m nanolm train --preset pocket --name pocket --if-needed
-	@$(BIN)/python -m nanolm sample $(POCKET) --num-samples 2 --seed 1
+	@if $(BIN)/python -c '$(FINISHED)' 2>/dev/null; then echo "$(POCKET) is trained already"; \
+	elif test -e $(POCKET)/config.json; then $(BIN)/python -m nanolm train --preset pocket --resume; \
+	else $(BIN)/python -m nanolm train --preset pocket; fi
+	@echo; echo "What it has learnt to write:"; echo
+	@$(BIN)/python -m nanolm sample $(POCKET) --seed 1 --prompt "Once" --prompt "Once, behind a"
 	@echo "rendering the book"
 	@$(BIN)/jupyter-book build -q . > _build.log 2>&1 || { cat _build.log; exit 1; }
 	@rm -f _build.log
