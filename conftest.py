@@ -7,9 +7,13 @@ Cells tagged `approx-figure` draw numbers from training, which differ a little b
 import base64
 import io
 import os
+import tempfile
+import uuid
 
+import nbval.kernel
 import numpy as np
 import pytest
+from jupyter_client.manager import KernelManager
 from matplotlib.image import imread
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, NbCellError
@@ -26,7 +30,27 @@ def execute_cell_input(self, source, allow_stdin=None):
     return self.kc.execute(source, store_history=True, allow_stdin=allow_stdin, stop_on_error=False)
 
 
-RunningKernel.execute_cell_input = execute_cell_input
+def stop(self):
+    """As nbval's, but the kernel may finish: it has a coverage report to write."""
+    self.kc.stop_channels()
+    self.km.shutdown_kernel(now=False)
+
+
+RunningKernel.execute_cell_input, RunningKernel.stop = execute_cell_input, stop
+SOCKETS = tempfile.TemporaryDirectory(prefix="nanolm-")
+
+
+def kernel_manager(**options):
+    """Kernels started at the same moment may pick the same port: talk through files instead."""
+    if os.name != "nt":
+        options |= {
+            "transport": "ipc",
+            "connection_file": f"{SOCKETS.name}/{uuid.uuid4().hex}.json",
+        }
+    return KernelManager(**options)
+
+
+nbval.kernel.KernelManager = kernel_manager
 
 
 def pictures(outputs):

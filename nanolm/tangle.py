@@ -68,6 +68,7 @@ __all__ = [
     "INLINE",
     "STEADY",
     "code_of",
+    "kernel_manager",
     "settle",
     "run",
     "difference",
@@ -510,7 +511,7 @@ def with_gained(book: Book, chapter: Chapter) -> str:
     return REGION.sub(lambda match: table, chapter.text)
 
 
-# %% book/17-tangle.md, exported cell 14 (f1c9e35d)
+# %% book/17-tangle.md, exported cell 14 (47e87053)
 INLINE = "module://matplotlib_inline.backend_inline"
 STEADY = {"OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "0", "MPLBACKEND": INLINE}
 
@@ -518,6 +519,14 @@ STEADY = {"OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "0", "MPLBACKEND": INLINE}
 def code_of(notebook: NotebookNode) -> str:
     """All the code of a notebook."""
     return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+def kernel_manager(folder: Path) -> AsyncKernelManager:
+    """A kernel to talk to through files in a folder (where Python has none, through ports)."""
+    if os.name == "nt":
+        return AsyncKernelManager(kernel_name="python3", transport_encryption="auto")
+    options = {"transport": "ipc", "connection_file": str(folder / "kernel.json")}
+    return AsyncKernelManager(kernel_name="python3", **options)
 
 
 def settle(cell: NotebookNode) -> None:
@@ -536,12 +545,12 @@ def run(book: Book, chapter: Chapter, texts: dict[str, str]) -> str:
     """Execute a chapter and write its notebook: equal runs give equal bytes."""
     notebook, began = chapter.notebook, time.perf_counter()
     search = os.pathsep.join(filter(None, [str(book.root), os.environ.get("PYTHONPATH")]))
-    manager = AsyncKernelManager(kernel_name="python3", transport_encryption="auto")
-    client = NotebookClient(notebook, km=manager, timeout=900, record_timing=False)
-    kept = dict(notebook.metadata)
+    environment, kept = {**os.environ, **STEADY, "PYTHONPATH": search}, dict(notebook.metadata)
     try:
-        environment = {**os.environ, **STEADY, "PYTHONPATH": search}
-        client.execute(env=environment, cwd=str(chapter.path.parent), cleanup_kc=True)
+        with tempfile.TemporaryDirectory() as folder:
+            manager = kernel_manager(Path(folder))
+            client = NotebookClient(notebook, km=manager, timeout=900, record_timing=False)
+            client.execute(env=environment, cwd=str(chapter.path.parent), cleanup_kc=True)
     except CellExecutionError as error:
         number = sum(cell.get("execution_count") is not None for cell in notebook.cells)
         raise RuntimeError(f"{chapter.name}, code cell {number} failed\n{error}") from None
