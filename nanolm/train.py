@@ -149,11 +149,12 @@ class TrainConfig:
         return cls(**TRAIN_PRESETS[name])
 
 
-# %% book/09-train.md, exported cell 2 (5a77fe8c)
+# %% book/09-train.md, exported cell 2 (35e5a44d)
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "pocket": dict(name="pocket", data=("fables:20000",), steps=1200, batch_size=16, lr=4e-3)
-    | dict(warmup_steps=50, eval_every=100, sample_every=400, checkpoint_every=200),
+    "pocket": dict(name="pocket", data=("fables:16000",), steps=1300, batch_size=8, lr=3e-3)
+    | dict(beta2=0.99, min_lr_ratio=0.02, warmup_steps=100, eval_every=100, eval_batches=24)
+    | dict(sample_every=400, checkpoint_every=400),
 }
 
 

@@ -200,9 +200,7 @@ def test_clip_of_zero_means_no_limit(config, monkeypatch):
 
 def test_it_learns(prepared, config):
     wider = replace(MODEL, d_model=64)
-    run = train(
-        wider, replace(config, steps=100, lr=1e-2, batch_size=16, grad_accum=1), log=quiet
-    )
+    run = train(wider, replace(config, steps=100, lr=1e-2, batch_size=16, grad_accum=1), log=quiet)
     tokens = torch.from_numpy(TokenData(prepared, "train")[:].astype("int64"))
     share = torch.bincount(tokens) / len(tokens)
     unigram = torch.special.entr(share).sum().item()
