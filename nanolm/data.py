@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections import deque
@@ -26,8 +27,9 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from functools import cache
 from itertools import accumulate, chain, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import IO, Any, NamedTuple
 
@@ -83,6 +85,7 @@ __all__ = [
     "cut_chunks",
     "load_tokenizer",
     "encode_chunk",
+    "begin_worker",
     "blank_main",
     "encode_all",
     "ShardWriter",
@@ -660,7 +663,7 @@ def encode_documents(
     return {split: Piece(np.array(ids[split], dtype), log_prob[split]) for split in ids}
 
 
-# %% book/02-data.md, exported cell 18 (26db95e8)
+# %% book/02-data.md, exported cell 18 (3e8c6761)
 CHUNK = 1 << 18  # characters for one task of a worker
 FEW = 8  # chunks; for less it does not pay to start a process
 
@@ -691,6 +694,18 @@ def encode_chunk(
     return encode_documents(*chunk, load_tokenizer(path), val_fraction, weighed)
 
 
+def begin_worker() -> None:
+    """Leave Ctrl-C to the main process, and end when it ends, however that happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent: Any = parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def blank_main() -> Iterator[None]:
     """Hide the main program while a process starts, lest the child run it a second time."""
@@ -702,7 +717,7 @@ def blank_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-# %% book/02-data.md, exported cell 19 (0ad6f71c)
+# %% book/02-data.md, exported cell 19 (fd7fdf70)
 def encode_all(
     chunks: Iterator[tuple[list[str], str]], workers: int, *rest: Any
 ) -> Iterator[dict[str, Piece]]:
@@ -712,7 +727,7 @@ def encode_all(
     if workers == 1 or len(head) < FEW:
         yield from (encode_chunk(chunk, *rest) for chunk in chunks)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), begin_worker)
     waiting: deque[Any] = deque()
     try:
         for chunk in chunks:

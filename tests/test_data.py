@@ -564,6 +564,15 @@ def test_nothing_is_lost_when_the_second_prepare_fails(tmp_path, monkeypatch):
     assert folder_bytes(out) == before
 
 
+def children(pid: int) -> list[str]:
+    """The processes that `pid` has started (Linux only, elsewhere none)."""
+    return [
+        path.parent.name
+        for path in Path("/proc").glob("[0-9]*/stat")
+        if path.read_text().rpartition(")")[2].split()[1] == str(pid)
+    ]
+
+
 def test_no_half_file_after_a_kill(tmp_path):
     out = tmp_path / "out"
     code = (
@@ -577,8 +586,15 @@ def test_no_half_file_after_a_kill(tmp_path):
             if {path.parent for path in out.glob(".part-*/train-00003.bin")} - stale:
                 break
             time.sleep(0.1)
+        helpers = children(child.pid)
         child.send_signal(blow)
         assert child.wait(60) != 0
+        for _ in range(100):
+            if not any(Path(f"/proc/{pid}").exists() for pid in helpers):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("the workers outlived the program that had started them")
         assert not [path for path in out.iterdir() if not path.name.startswith(".part-")]
         with pytest.raises(FileNotFoundError, match="prepare"):
             TokenData(out, "train")
