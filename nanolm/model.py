@@ -25,10 +25,8 @@ __all__ = [
     "KVCache",
     "Attention",
     "SwiGLU",
-    "PRESETS",
     "ModelConfig",
     "Block",
-    "init_weights",
     "Transformer",
     "parameter_ledger",
     "flops_per_token",
@@ -183,12 +181,13 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# %% book/05-transformer.md, exported cell 2 (c143180b)
-PRESETS: dict[str, dict[str, int]] = {
+# %% book/05-transformer.md, exported cell 2 (732f94c6)
+PRESETS: dict[str, dict[str, Any]] = {
     "default": {},  # the defaults of ModelConfig: 10.36M parameters
-    "pocket": dict(  # 0.92M parameters: learns on a laptop's CPU in minutes
-        vocab_size=1024, n_layer=4, n_head=4, n_kv_head=2, d_model=128, d_ff=384, max_seq_len=256
-    ),
+    "pocket": dict(  # 0.77M parameters: learns on a laptop's CPU in minutes
+        vocab_size=1400, n_layer=3, n_head=4, n_kv_head=2, d_model=128, d_ff=384, max_seq_len=256
+    )
+    | dict(init_std=0.09),
 }
 
 
@@ -205,6 +204,7 @@ class ModelConfig:
     max_seq_len: int = field(default=512, metadata={"help": "longest sequence (tokens)"})
     rope_theta: float = field(default=10000.0, metadata={"help": "base of the rotary wavelengths"})
     norm_eps: float = field(default=1e-5, metadata={"help": "added to the mean square in RMSNorm"})
+    init_std: float = field(default=0.02, metadata={"help": "deviation of the initial weights"})
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -248,20 +248,20 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-# %% book/05-transformer.md, exported cell 4 (6eea4cfe)
-def init_weights(model: nn.Module, n_layer: int) -> None:
-    """Draw every matrix from a normal of deviation 0.02, smaller where it writes to the stream.
+# %% book/05-transformer.md, exported cell 4 (1a974018)
+def init_weights(model: nn.Module, n_layer: int, std: float = 0.02) -> None:
+    """Draw every matrix from a normal of deviation `std`, smaller where it writes to the stream.
 
-    The two projections of a layer that add to the residual stream get 0.02 / sqrt(2 n_layer),
+    The two projections of a layer that add to the residual stream get std / sqrt(2 n_layer),
     so that the stream's variance does not grow with depth (Radford et al. 2019). Norms stay 1.
     """
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * n_layer) if writes else 1.0))
+            nn.init.normal_(weight, std=std / (math.sqrt(2 * n_layer) if writes else 1.0))
 
 
-# %% book/05-transformer.md, exported cell 5 (8946d6bc)
+# %% book/05-transformer.md, exported cell 5 (b14d8e3f)
 class Transformer(nn.Module):
     """A decoder-only language model whose head is its embedding (Press and Wolf 2017).
 
@@ -275,7 +275,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        init_weights(self, config.n_layer)
+        init_weights(self, config.n_layer, config.init_std)
         self.build_tables()
 
     def build_tables(self) -> None:

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 __all__ = [
-    "adamw_update",
-    "check_options",
     "AdamW",
     "decay_groups",
     "warmup_cosine",

@@ -18,18 +18,11 @@ from nanolm.model import KVCache, Transformer
 from nanolm.tokenizer import END_OF_TEXT, Tokenizer
 
 __all__ = [
-    "keep_top_k",
-    "keep_top_p",
-    "GREEDY_BELOW",
-    "check_filters",
+    "SampleConfig",
+    "repetition_penalty",
     "filter_logits",
     "sample_logits",
-    "repetition_penalty",
-    "SampleConfig",
-    "next_logits",
     "generate_ids",
-    "decode_stream",
-    "until_stop",
     "stream",
     "generate",
     "boxed",

@@ -30,53 +30,9 @@ from nbformat import NotebookNode
 
 __all__ = [
     "Book",
-    "parse",
-    "defined",
-    "take_apart",
-    "code_lines",
-    "definitions",
-    "FOLDS",
-    "TAGS",
-    "digest",
-    "load",
-    "Cell",
-    "Chapter",
-    "read",
-    "CONSTANT",
-    "import_block",
-    "rank",
-    "order",
-    "from_lines",
-    "START",
-    "HEADER",
-    "render",
-    "header",
-    "INTERNAL",
-    "imported",
-    "public_names",
-    "rests_on",
-    "FRONT",
-    "render_front",
-    "write",
-    "bodies",
-    "rendered",
-    "on_disk",
     "export",
-    "REGION",
-    "gained",
-    "with_gained",
-    "INLINE",
-    "STEADY",
-    "code_of",
-    "kernel_manager",
-    "settle",
-    "run",
-    "difference",
-    "as_text",
-    "stale",
     "findings",
     "update",
-    "head",
     "tangle",
     "main",
 ]
@@ -272,7 +228,7 @@ def from_lines(module: str, names: set[str]) -> str:
     return "\n".join(lines)
 
 
-# %% book/17-tangle.md, exported cell 7 (1e2f243d)
+# %% book/17-tangle.md, exported cell 7 (c8e2cdb8)
 START = 'if __name__ == "__main__":\n    raise SystemExit(main())\n'
 HEADER = '''"""`{package}.{module}`, derived in the book, where each line has its reason:
 
@@ -294,7 +250,12 @@ def render(book: Book, module: str, chapters: list[Chapter]) -> str:
             owners[name] = cell.where
         if module in imported("\n".join(map(ast.unparse, cell.imports)), book.package, {}):
             raise ValueError(f"{cell.where}: {book.package}.{module} imports itself")
-    names = "".join(f'    "{name}",\n' for name in owners if not name.startswith("_"))
+    fronts = [chapter.notebook.metadata[book.package] for chapter in chapters]
+    listed = [name for front in fronts for name in front.get("public", [])]
+    for name in sorted(set(listed) - set(owners)):
+        raise ValueError(f"{chapters[0].name}: no cell defines the public name `{name}`")
+    public = listed or [name for name in owners if not name.startswith("_")]
+    names = "".join(f'    "{name}",\n' for name in public)
     block = import_block([node for cell in cells for node in cell.imports], book.package)
     head = "\n\n".join(filter(None, [header(book, module, chapters), block]))
     bodies = [f"# %% {c.where} ({digest(c.body)})\n{c.body}\n" for c in cells if c.body]

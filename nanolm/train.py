@@ -33,52 +33,18 @@ from nanolm.sample import SampleConfig, boxed, stream
 from nanolm.tokenizer import Tokenizer
 
 __all__ = [
-    "Log",
     "TrainConfig",
-    "TRAIN_PRESETS",
-    "LossFunction",
-    "to_device",
-    "accumulate",
-    "pick_device",
-    "loss_function",
-    "evaluate",
-    "prepare_data",
-    "open_data",
-    "fit_vocabulary",
-    "write_file",
-    "fingerprint",
-    "pack_optimizer",
-    "unpack_optimizer",
-    "WEIGHTS_FILE",
-    "MOMENTS_FILE",
-    "STATE_FILE",
-    "save_checkpoint",
-    "read_state",
-    "read_tensors",
-    "step_folders",
-    "drop_checkpoints",
-    "load_run",
-    "Checkpoint",
-    "read_checkpoint",
-    "load_checkpoint",
-    "metrics",
-    "append_metrics",
-    "Run",
-    "train_step",
-    "collect",
-    "validate",
-    "show_sample",
-    "report",
-    "FIXED",
-    "check_resume",
-    "restore",
-    "open_run",
-    "caught_signals",
     "train",
+    "evaluate",
+    "Checkpoint",
+    "save_checkpoint",
+    "load_checkpoint",
+    "load_run",
+    "metrics",
 ]
 
 
-# %% book/09-train.md, exported cell 1 (706e1767)
+# %% book/09-train.md, exported cell 1 (0b6a325a)
 Log = Callable[[str], Any]
 
 
@@ -133,7 +99,9 @@ class TrainConfig:
                 got = getattr(self, option.name)
                 raise ValueError(f"{option.name} must be {bounds}, not {got}")
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must be under steps {self.steps}")
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must be under steps {self.steps}: lower it too"
+            )
         if Path(self.name).name != self.name or self.name in ("", ".."):
             raise ValueError(f"name must be a plain folder name, not {self.name!r}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -149,11 +117,11 @@ class TrainConfig:
         return cls(**TRAIN_PRESETS[name])
 
 
-# %% book/09-train.md, exported cell 2 (35e5a44d)
+# %% book/09-train.md, exported cell 2 (e4bad4d9)
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "pocket": dict(name="pocket", data=("fables:16000",), steps=1300, batch_size=8, lr=3e-3)
-    | dict(beta2=0.99, min_lr_ratio=0.02, warmup_steps=100, eval_every=100, eval_batches=24)
+    "pocket": dict(name="pocket", data=("fables:18000",), steps=1300, batch_size=8, lr=6e-3)
+    | dict(beta2=0.99, min_lr_ratio=0.02, warmup_steps=60, eval_every=100, eval_batches=32)
     | dict(sample_every=400, checkpoint_every=400),
 }
 

@@ -467,3 +467,16 @@ def test_the_package_is_as_ruff_wants_it(book):
         run = [sys.executable, "-m", "ruff", *command, *config, str(book.root / "nanolm")]
         done = subprocess.run(run, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+def test_a_chapter_may_list_its_public_names(book):
+    edit(page(book, "01-words"), "nanolm: {module: words}", "nanolm: {module: words, public: [words]}")
+    export(book, chapters(book))
+    assert '__all__ = [\n    "words",\n]' in book.module("words").read_text()
+    front = book.module("__init__").read_text()
+    assert '"words": "words"' in front and "PATTERN" not in front
+
+
+def test_a_public_name_must_be_defined(book):
+    edit(page(book, "01-words"), "nanolm: {module: words}", "nanolm: {module: words, public: [wrods]}")
+    refused(book, "01-words", "`wrods`", "public")

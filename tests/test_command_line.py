@@ -1,0 +1,215 @@
+"""The command line as its users meet it: what works, and what each mistake is told."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nanolm.__main__ as front
+from nanolm.__main__ import main
+
+TINY = "--n-layer 1 --d-model 16 --d-ff 16 --n-head 2 --n-kv-head 1 --vocab-size 300 --max-seq-len 32"
+SHORT = "--steps 12 --warmup-steps 2 --batch-size 4 --eval-every 6 --log-every 3 --checkpoint-every 6"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a finished run called `first`."""
+    folder = tmp_path_factory.mktemp("command")
+    code = main(f"train --data fables:60 --name first --runs-dir {folder} {TINY} {SHORT}".split())
+    assert code == 0
+    return folder
+
+
+def refused(capsys, argv):
+    """Run a command that must be refused; return its one line."""
+    capsys.readouterr()
+    try:
+        code = main([str(word) for word in argv])
+    except SystemExit as stop:
+        code = stop.code
+    shown = capsys.readouterr()
+    assert code == 2, shown
+    lines = shown.err.strip().splitlines()
+    assert len(lines) == 1 and "error" in lines[0], shown.err
+    return lines[0]
+
+
+def test_a_run_is_trained_resumed_and_continued(trained, capsys, tmp_path):
+    shutil.copytree(trained / "first", tmp_path / "first")
+    steps = f"train --name first --runs-dir {tmp_path} --resume --steps 15"
+    assert main(steps.split()) == 0
+    assert "step 15/15" in capsys.readouterr().out
+    assert (tmp_path / "first" / "step-000015").is_dir()
+
+
+def test_sampling_is_seeded_and_speaks_json(trained, capsys):
+    argv = ["sample", str(trained / "first"), "--prompt", "Once", "--max-tokens", "6", "--seed", "3"]
+    texts = []
+    for _ in range(2):
+        capsys.readouterr()
+        assert main([*argv, "--json"]) == 0
+        texts.append(json.loads(capsys.readouterr().out))
+    assert texts[0] == texts[1] and texts[0]["prompt"] == "Once" and texts[0]["step"] == 12
+    assert main([*argv, "--prompt", "The fox"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Once" + texts[0]["text"]) and "The fox" in out
+
+
+def test_a_person_is_asked_for_prompts(trained, capsys, monkeypatch):
+    typed = iter(["The hen", EOFError()])
+
+    def answer(prompt):
+        word = next(typed)
+        if isinstance(word, Exception):
+            raise word
+        return word
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert main(["sample", str(trained / "first"), "--max-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("The hen")
+
+
+def test_tokenizer_commands_agree_with_the_library(trained, capsys, tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    assert main(["tokenizer", "train", "fables:40", "--vocab-size", "280", "--out", str(path)]) == 0
+    tokenizer = front.Tokenizer.load(path)
+    assert tokenizer.vocab_size == 280
+    capsys.readouterr()
+    assert main(["tokenizer", "encode", str(path), "the hen", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ids"] == tokenizer.encode("the hen") and "".join(found["pieces"]) == "the hen"
+    words = " ".join(map(str, found["ids"]))
+    assert main(["tokenizer", "decode", str(path), words]) == 0
+    assert capsys.readouterr().out == "the hen\n"
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    assert main(["tokenizer", "encode", str(path)]) == 0
+    end = front.Tokenizer.load(path).end_of_text
+    assert main(["tokenizer", "encode", str(path), "<|endoftext|>", "--special"]) == 0
+    assert capsys.readouterr().out.split()[0] == str(end)
+
+
+def test_data_commands_prepare_describe_and_show(trained, capsys, tmp_path):
+    tokenizer = trained / "first" / "tokenizer.json"
+    out = tmp_path / "shards"
+    argv = ["data", "prepare", "fables:60", "--tokenizer", tokenizer, "--out", out, "--workers", "1"]
+    assert main([str(word) for word in argv]) == 0
+    assert main(["data", "info", str(out)]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[:2] == rows[2:] and [row["split"] for row in rows[:2]] == ["train", "val"]
+    assert sum(row["documents"] for row in rows[:2]) == 60 and rows[0]["floor"] > 0
+    assert main(["data", "show", "fables:5", "--count", "2"]) == 0
+    assert capsys.readouterr().out.count("\n\n") == 2
+
+
+def test_plot_draws_in_letters_and_pixels(trained, capsys, tmp_path):
+    run = str(trained / "first")
+    assert main(["plot", run]) == 0
+    shown = capsys.readouterr().out
+    assert "first train" in shown and "first floor" in shown and "\x1b" not in shown
+    assert max(map(len, shown.splitlines()[:20])) <= 80
+    assert (trained / "first" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", run, run, "--out", str(tmp_path / "two.png")]) == 0
+
+
+MISTAKES = {
+    "train --stepz 3": "did you mean --steps",
+    "train --steps many": "invalid int",
+    "train --steps 0": "steps must be",
+    "train --steps 100": "warmup_steps",
+    "train --n-head 3": "multiple",
+    "train --vocab-size 100 --data fables:50": "vocab_size 100",
+    "train --preset huge": "invalid choice",
+    "train --data nowhere.txt": "nowhere.txt",
+    "train --data empty.txt": "empty",
+    "train --data short.txt --vocab-size 300": "shorter than one batch|no document",
+    "train --data fables:50 --tokenizer broken.json": "broken.json",
+    "train --name nobody --resume": "nobody",
+    "train --device cuda:99": "cuda",
+    "sample nobody": "nobody",
+    "sample nobody --temperature -1": "temperature|nobody",
+    "tokenizer train nowhere.txt": "nowhere.txt",
+    "tokenizer train empty.txt": "empty",
+    "tokenizer train fables:9 --vocab-size 255": "255",
+    "tokenizer encode broken.json hello": "broken.json",
+    "tokenizer": "ACTION",
+    "data info nowhere": "nowhere",
+    "data show notes.pdf": "notes.pdf",
+    "plot nobody": "nobody",
+    "fly": "invalid choice",
+    "": "COMMAND",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_each_mistake_gets_one_line(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\nthree\n")
+    Path("broken.json").write_text('{"format": "nanolm-tokenizer", "version": 1, "mer')
+    Path("notes.pdf").write_bytes(b"%PDF")
+    before = sorted(Path().rglob("*"))
+    line = refused(capsys, words.split())
+    assert re.search(MISTAKES[words], line), line
+    left = [p for p in Path().rglob("*") if p not in before and p.is_file()]
+    assert not left, "a refused command leaves nothing behind"
+
+
+def test_mistakes_with_a_run(trained, capsys, tmp_path):
+    shutil.copytree(trained / "first", tmp_path / "first")
+    where = ["--name", "first", "--runs-dir", tmp_path]
+    again = f"train --data fables:60 {TINY} {SHORT}".split()
+    assert "already" in refused(capsys, [*again, *where])
+    shape = refused(capsys, ["train", "--resume", "--d-model", "32", *where])
+    assert "d_model" in shape
+    tokenizer = tmp_path / "first" / "tokenizer.json"
+    assert "999" in refused(capsys, ["tokenizer", "decode", tokenizer, "1 999"])
+    assert "two" in refused(capsys, ["tokenizer", "decode", tokenizer, "1 two"])
+    run = tmp_path / "first"
+    assert "top_p" in refused(capsys, ["sample", run, "--top-p", "2"])
+    (run / "metrics.jsonl").unlink()
+    assert "no measurements" in refused(capsys, ["plot", run])
+
+
+def test_debug_lets_the_error_through(monkeypatch):
+    monkeypatch.setenv("NANOLM_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["sample", "nobody"])
+
+
+def test_interrupting_says_so(capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    assert front.guarded(stop) == 130
+    assert capsys.readouterr().err == "nanolm: interrupted\n"
+
+
+def run_module(words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "nanolm", *words], capture_output=True, text=True, timeout=100, **options
+    )
+
+
+def test_as_a_program():
+    done = run_module(["sample", "nobody"])
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"nanolm: error: .*nobody.*\n", done.stderr)
+    helped = run_module(["train", "--help"])
+    assert helped.returncode == 0
+    for flag in ("--n-kv-head", "--warmup-steps", "--no-compile", "--resume"):
+        assert flag in helped.stdout
+
+
+def test_a_reader_who_leaves_is_no_error():
+    command = f"{sys.executable} -m nanolm data show fables:5000 --count 5000 | head -n 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("\n")
