@@ -117,10 +117,10 @@ class TrainConfig:
         return cls(**TRAIN_PRESETS[name])
 
 
-# %% book/09-train.md, exported cell 2 (e4bad4d9)
+# %% book/09-train.md, exported cell 2 (1b36841f)
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "pocket": dict(name="pocket", data=("fables:18000",), steps=1300, batch_size=8, lr=6e-3)
+    "pocket": dict(name="pocket", data=("fables:18000",), steps=1100, batch_size=8, lr=6e-3)
     | dict(beta2=0.99, min_lr_ratio=0.02, warmup_steps=60, eval_every=100, eval_batches=32)
     | dict(sample_every=400, checkpoint_every=400),
 }
