@@ -1,3 +1,4 @@
+# The seal of all that stands in no cell: 85f011aa
 """`nanolm.optim`, derived in the book, where each line has its reason:
 
 - book/08-optim.md: The optimizer

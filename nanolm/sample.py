@@ -1,3 +1,4 @@
+# The seal of all that stands in no cell: a08ecacd
 """`nanolm.sample`, derived in the book, where each line has its reason:
 
 - book/11-sample.md: Sampling

@@ -365,6 +365,65 @@ def test_an_edit_of_the_package_is_never_overwritten(book):
     refused(book, "nanolm/words.py was edited by hand", "book/03-more.md, exported cell 1")
 
 
+def without_a_cell(text):
+    return re.sub(r"(?s)# %% book/01-words.md, exported cell 2 .*?(?=# %%)", "", text)
+
+
+def with_two_markers_swapped(text):
+    one, two = re.findall(r"(?m)^# %% book/01-words.md.*$", text)
+    return text.replace(one, "@").replace(two, one).replace("@", two)
+
+
+OUTSIDE = {
+    "an import": lambda text: text.replace("import os\n", "import os\nimport sys\n"),
+    "the docstring": lambda text: text.replace("derived in", "from"),
+    "a public name": lambda text: text.replace('    "longest",\n', ""),
+    "a constant": lambda text: text.replace("\n\n\n# %%", "\nLIMIT = 3\n\n\n# %%", 1),
+    "a cell deleted": without_a_cell,
+    "markers swapped": with_two_markers_swapped,
+    "a line above the seal": lambda text: "import sys\n" + text,
+    "the seal and an import": lambda text: text.partition("\n")[2].replace(
+        "import os\n", "import os\nimport sys\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_edit_outside_the_cells_is_refused_both_ways(book, name):
+    file = book.module("words")
+    whole = file.read_text()
+    file.write_text(OUTSIDE[name](whole))
+    assert file.read_text() != whole
+    refused(book, "nanolm/words.py was edited by hand outside its cells", "git checkout")
+    with pytest.raises(ValueError, match="nanolm/words.py was edited by hand outside its cells"):
+        update(book)
+    file.write_text(whole)
+    export(book, chapters(book))
+    assert file.read_text() == whole
+
+
+def test_an_edit_of_the_front_door_is_refused(book):
+    edit(book.module("__init__"), "import types\n", "import types\nimport json\n")
+    refused(book, "nanolm/__init__.py was edited by hand")
+
+
+def test_a_file_without_a_seal_that_says_what_the_chapters_say_gets_one(book):
+    file = book.module("words")
+    whole = file.read_text()
+    file.write_text(whole.partition("\n")[2])
+    export(book, chapters(book))
+    assert file.read_text() == whole
+
+
+@pytest.mark.parametrize("name", ["disk", "encode"])
+def test_a_failed_write_leaves_nothing_behind(book, monkeypatch, name):
+    before, texts = sorted(book.root.rglob("*")), {"disk": "x", "encode": "\ud800"}
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises((OSError, UnicodeEncodeError)):
+        tangle.write(book.module("words"), texts[name])
+    assert sorted(book.root.rglob("*")) == before
+
+
 def test_update_finds_the_right_chapter_of_several(book):
     edit(book.module("words"), "max(", "min(")
     edit(book.module("words"), "'''Words.'''", "'''All words.'''")
@@ -431,6 +490,17 @@ def test_command(book, monkeypatch, capsys):
     assert tangle.main(["--check"]) == 0
 
 
+@pytest.mark.parametrize("arguments", [[], ["--check"], ["--update"], ["book/01-words.md"]])
+def test_command_in_another_folder(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert tangle.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"no _toc.yml in {tmp_path}: run this at the root of the book" in said
+        and said.count("\n") == 1
+    )
+
+
 def test_command_with_files_leaves_the_rest_alone(book, monkeypatch, capsys):
     monkeypatch.chdir(book.root)
     edit(page(book, "03-more"), "def longest(", "def longest(:")
@@ -470,7 +540,11 @@ def test_the_package_is_as_ruff_wants_it(book):
 
 
 def test_a_chapter_may_list_its_public_names(book):
-    edit(page(book, "01-words"), "nanolm: {module: words}", "nanolm: {module: words, public: [words]}")
+    edit(
+        page(book, "01-words"),
+        "nanolm: {module: words}",
+        "nanolm: {module: words, public: [words]}",
+    )
     export(book, chapters(book))
     assert '__all__ = [\n    "words",\n]' in book.module("words").read_text()
     front = book.module("__init__").read_text()
@@ -478,5 +552,9 @@ def test_a_chapter_may_list_its_public_names(book):
 
 
 def test_a_public_name_must_be_defined(book):
-    edit(page(book, "01-words"), "nanolm: {module: words}", "nanolm: {module: words, public: [wrods]}")
+    edit(
+        page(book, "01-words"),
+        "nanolm: {module: words}",
+        "nanolm: {module: words, public: [wrods]}",
+    )
     refused(book, "01-words", "`wrods`", "public")
