@@ -1,3 +1,4 @@
+# The seal of all that stands in no cell: b6d6644a
 """`nanolm.data`, derived in the book, where each line has its reason:
 
 - book/02-data.md: The data
@@ -21,10 +22,11 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from itertools import accumulate, chain, islice
 from multiprocessing import get_context, parent_process
@@ -329,7 +331,7 @@ def fables(count: int, seed: int = 0) -> Iterator[str]:
         yield write(WHOLE, {}, random.Random(f"{seed}:{i}"))[0]
 
 
-# %% book/02-data.md, exported cell 9 (c5625f74)
+# %% book/02-data.md, exported cell 9 (76918af4)
 def read(
     parts: Parts, text: str, at: int, memory: Mapping[str, str], reached: list[int]
 ) -> Iterator[tuple[int, Mapping[str, str], float]]:
@@ -363,7 +365,9 @@ def fable_log_prob(text: str) -> float:
     """
     reached = [0]
     found = [p for end, _, p in read(WHOLE, text, 0, {}, reached) if end == len(text)]
-    if len(found) != 1:
+    if len(found) > 1:
+        raise ValueError(f"the grammar is ambiguous: this text has {len(found)} readings")
+    if not found:
         good = text[max(0, reached[0] - 40) : reached[0]]
         raise ValueError(f"this is no fable: it goes wrong after {good!r}")
     return found[0]
@@ -479,7 +483,7 @@ def read_parquet(path: Path) -> Iterator[str]:
         yield pick_text(row, f"row {number}")
 
 
-# %% book/02-data.md, exported cell 13 (c515214b)
+# %% book/02-data.md, exported cell 13 (8160da09)
 READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
@@ -502,7 +506,7 @@ def find_files(source: str) -> list[Path]:
         if not text_format(path):
             raise ValueError(f"{source}: unknown kind of file, use {known}")
         return [path]
-    pattern = str(path / "**" / "*") if path.is_dir() else str(path)
+    pattern = str(Path(glob.escape(str(path)), "**", "*")) if path.is_dir() else str(path)
     found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
     if not found and not path.is_dir():
         raise FileNotFoundError(f"{source}: there is no such file or directory")
@@ -783,7 +787,7 @@ def is_fables(sources: str | Sequence[str]) -> bool:
     return all(str(name).split(":")[0] == "fables" for name in names)
 
 
-# %% book/02-data.md, exported cell 23 (ba53a0eb)
+# %% book/02-data.md, exported cell 23 (338d405f)
 def count_workers(workers: int | None) -> int:
     """The number of worker processes: as many as there are CPUs for us, unless given."""
     if workers is None:
@@ -792,6 +796,15 @@ def count_workers(workers: int | None) -> int:
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
     return workers
+
+
+def sweep(out: Path) -> None:
+    """Remove the hidden folders of killed runs: those in which nothing changed for a day."""
+    for part in out.glob(".part-*"):
+        with suppress(OSError):  # its run may end while we look
+            changed = max(path.stat().st_mtime for path in (part, *part.iterdir()))
+            if time.time() - changed > 86_400:
+                shutil.rmtree(part, ignore_errors=True)
 
 
 def prepare(
@@ -807,20 +820,23 @@ def prepare(
 ) -> Path:
     """Encode documents into token shards in the folder `out`; all of them or, on failure, none.
 
-    Without `val_sources`, about `val_fraction` of the documents become the split "val". Writes
-    tokenizer.json, train-00000.bin, val-00000.bin and so on, with a .json beside each .bin. The
-    bytes do not depend on `workers`. Bad input: ValueError or FileNotFoundError, one line.
+    Without `val_sources`, about `val_fraction` of the documents become the split "val". That
+    `val_sources` share no document with `sources` is for the caller to see to: it is not checked.
+    Writes tokenizer.json, train-00000.bin, val-00000.bin and so on, with a .json beside each .bin.
+    The bytes do not depend on `workers`. Do not let two runs write to one folder at once: the last
+    to end would win. Bad input: ValueError or OSError, one line.
     """
     if not val_sources and not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must lie between 0 and 1, not {val_fraction}")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, not {shard_tokens}")
     processes, out = count_workers(workers), Path(out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out}: this is a file; name a folder to write the tokens to")
     named = {"train": sources, "val": val_sources} if val_sources else {"": sources}
     texts = {label: read_documents(names) for label, names in named.items()}
     out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob(".part-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    sweep(out)
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=out))
     try:
         tokenizer.save(part / "tokenizer.json")
@@ -835,7 +851,7 @@ def prepare(
     return out
 
 
-# %% book/02-data.md, exported cell 24 (4f0ec180)
+# %% book/02-data.md, exported cell 24 (a4d9c236)
 def read_descriptions(folder: Path, split: str) -> list[dict[str, Any]]:
     """What the JSON files beside the shards of a split say; ValueError unless it makes sense."""
     paths = sorted(folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].json"))
@@ -843,13 +859,16 @@ def read_descriptions(folder: Path, split: str) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{folder}: no tokens of split {split!r} here; prepare them first")
     try:
         found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        same = {(s["format"], s["version"], s["shards"], s["dtype"], s["tokenizer"]) for s in found}
+        facts = "format", "version", "shards", "dtype", "tokenizer", "floor"
+        same = {tuple(s[fact] for fact in facts) for s in found}
         names = [path.with_suffix(".bin").name for path in paths] == [s["file"] for s in found]
         first = found[0]
         sound = len(same) == 1 and len(found) == first["shards"] and names
         sound = sound and first["format"] == "nanolm-tokens" and first["version"] == 1
         sound = sound and first["dtype"] in ("uint16", "uint32")
+        sound = sound and isinstance(first["floor"], float | None)
         sound = sound and all(s["tokens"] > 0 <= s["documents"] for s in found)
+        sound = sound and all(isinstance(s["sha256"], str) for s in found)
     except (ValueError, KeyError, TypeError):
         sound = False
     if not sound:
@@ -872,7 +891,7 @@ def map_shard(folder: Path, shard: dict[str, Any], verify: bool) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
-# %% book/02-data.md, exported cell 25 (b51d7567)
+# %% book/02-data.md, exported cell 25 (d80070df)
 class TokenData:
     """The tokens of one split, "train" or "val", as `prepare` wrote them: mapped, not loaded.
 
@@ -893,9 +912,9 @@ class TokenData:
         return self.tokens
 
     def __getitem__(self, key: slice) -> np.ndarray:
-        start, stop, step = key.indices(self.tokens)
-        if step != 1:
+        if not isinstance(key, slice) or key.step not in (None, 1):
             raise ValueError("token data can be sliced as data[i:j] only")
+        start, stop, _ = key.indices(self.tokens)
         parts = [self._maps[0][:0]]
         for first, tokens in zip(self._starts, self._maps, strict=False):
             if start < first + len(tokens) and first < stop:
@@ -903,12 +922,13 @@ class TokenData:
         return np.concatenate(parts)
 
 
-# %% book/02-data.md, exported cell 26 (84274b45)
+# %% book/02-data.md, exported cell 26 (bc5f4da5)
 class Batches:
     """Batches of windows of a text, number i a pure function of (seed, i): to resume, keep i.
 
     The text is cut into windows of `seq_len` tokens and the one after. Each epoch takes every
-    window exactly once, in an order of its own, with the cuts shifted by an offset of its own.
+    window exactly once, in an order of its own, with the cuts shifted by an offset of its own;
+    less than two windows at the two ends of the text are left out, and not always the same.
     """
 
     def __init__(self, data: TokenData, batch_size: int, seq_len: int, *, seed: int = 0) -> None:
@@ -940,6 +960,8 @@ class Batches:
         """Batch number `i`: inputs and targets (batch_size, seq_len), int64 ids."""
         import torch  # here, so that the workers above start without it
 
+        if i < 0:
+            raise ValueError(f"there is no batch {i}: batches are counted from 0")
         places = range(i * self.batch_size, (i + 1) * self.batch_size)
         starts = [self.starts(k // self.windows)[k % self.windows] for k in places]
         rows = np.stack([self.data[s : s + self.seq_len + 1] for s in starts]).astype(np.int64)

@@ -1,3 +1,4 @@
+# The seal of all that stands in no cell: 186ea43c
 """`nanolm.tokenizer`, derived in the book, where each line has its reason:
 
 - book/01-tokenizer.md: The tokenizer
@@ -64,7 +65,7 @@ def well_formed(text: str) -> str:
     return text
 
 
-# %% book/01-tokenizer.md, exported cell 4 (7a1dcbeb)
+# %% book/01-tokenizer.md, exported cell 4 (8f84e59c)
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -75,8 +76,12 @@ def compile_split(pattern: str) -> regex.Pattern[str]:
         compiled = regex.compile(f"(?:{pattern})|(?s:.)")
     except (regex.error, RecursionError, UnicodeEncodeError) as error:
         raise ValueError(f"the split pattern is no regular expression: {error}") from None
-    if r"\K" in pattern or compiled.flags & regex.REVERSE:
-        raise ValueError(r"the split pattern must not use \K or (?r): they lose or reorder text")
+    signs = regex.findall(r"(?s)\\.|\(\*", pattern)  # an escaped backslash is a sign of its own
+    if r"\K" in signs or "(*" in signs or compiled.flags & regex.REVERSE:
+        raise ValueError(
+            r"the split pattern must not use \K, (?r) or (*VERBS), which lose or reorder text; "
+            r"a literal (* is written \(\*"
+        )
     return compiled
 
 
@@ -316,7 +321,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return content
 
 
-# %% book/01-tokenizer.md, exported cell 16 (2da2ffa9)
+# %% book/01-tokenizer.md, exported cell 16 (6019b09e)
 CACHED_WORDS = 1 << 17
 CACHED_LENGTH = 32  # characters
 
@@ -325,7 +330,7 @@ class Tokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019).
 
     Ids 0 to 255 are the bytes in the order of their stand-in characters, id 256 + k is what merge
-    k makes, and the special tokens come last. Bad arguments raise ValueError.
+    k makes, and the special tokens come last. Arguments out of range raise ValueError.
 
     >>> tokenizer = Tokenizer.train(["the fox, the clock, the fox"], 263)
     >>> [tokenizer.token_bytes(i) for i in tokenizer.encode("the fox")]

@@ -113,8 +113,11 @@ def test_what_is_no_fable(text):
 def test_two_readings_would_be_noticed(monkeypatch):
     rules = d.read_grammar("fable: {x}{y}\nx: a | ab\ny: bc | c")
     monkeypatch.setattr(d, "grammar", lambda: rules)
-    with pytest.raises(ValueError, match="no fable"):
+    with pytest.raises(ValueError, match="ambiguous: this text has 2 readings") as error:
         fable_log_prob("abc")
+    one_line(error)
+    with pytest.raises(ValueError, match="no fable"):
+        fable_log_prob("abb")
     assert fable_log_prob("abbc") == pytest.approx(-2 * math.log(2))
 
 
@@ -262,6 +265,11 @@ def test_directories_and_globs(tmp_path):
 def test_a_file_whose_name_looks_like_a_glob(tmp_path):
     (tmp_path / "a[1].txt").write_text("brackets")
     assert list(read_documents(str(tmp_path / "a[1].txt"))) == ["brackets"]
+    folder = tmp_path / "d[1]" / "*"
+    folder.mkdir(parents=True)
+    (folder / "b.txt").write_text("deeper")
+    assert list(read_documents(str(tmp_path / "d[1]"))) == ["deeper"]
+    assert list(read_documents(str(folder))) == ["deeper"]
 
 
 def test_hub_through_datasets_offline(tmp_path, monkeypatch):
@@ -533,14 +541,33 @@ def test_slicing_returns_memory_of_its_own(tmp_path):
     part = data[5:9]
     part[:] = 0  # does not reach the file, which is mapped read-only
     assert data[5:9].sum() > 0 and not isinstance(part, np.memmap)
-    with pytest.raises(ValueError, match=r"data\[i:j\]"):
-        data[::2]
+    for wrong in (lambda: data[::2], lambda: data[5], lambda: list(data), lambda: 5 in data):
+        with pytest.raises(ValueError, match=r"data\[i:j\]") as error:
+            wrong()
+        one_line(error)
+
+
+def age(part: Path) -> None:
+    """Make it look as if a run had left this folder, and all that is in it, two days ago."""
+    part.mkdir(exist_ok=True)
+    for path in (*part.iterdir(), part):
+        os.utime(path, (time.time() - 2 * 86_400,) * 2)
+
+
+def test_the_folder_of_a_run_that_is_still_alive_is_left_alone(tmp_path):
+    age(tmp_path / ".part-old")
+    age(tmp_path / ".part-alive")
+    (tmp_path / ".part-alive" / "train-00000.bin").write_bytes(b"growing")
+    os.utime(tmp_path / ".part-alive", (0, 0))  # a file grows, the folder does not change
+    (tmp_path / ".part-empty").mkdir()
+    prepare("fables:40", tmp_path, BYTES, workers=1)
+    assert {path.name for path in tmp_path.glob(".part-*")} == {".part-alive", ".part-empty"}
 
 
 def test_a_smaller_second_prepare_leaves_nothing_of_the_first(tmp_path):
     prepare("fables:60", tmp_path, BYTES, workers=1, shard_tokens=3000)
     (tmp_path / "notes-00000.json").write_text("mine")
-    (tmp_path / ".part-stale").mkdir()
+    age(tmp_path / ".part-stale")
     prepare("fables:40", tmp_path, BYTES, workers=1)
     names = {"tokenizer.json", "notes-00000.json"}
     names |= {f"{s}-00000.{end}" for s in ("train", "val") for end in ("bin", "json")}
@@ -581,16 +608,18 @@ def test_no_half_file_after_a_kill(tmp_path):
     )
     for blow in (signal.SIGKILL, signal.SIGINT):
         stale = set(out.glob(".part-*"))
+        for part in stale:
+            age(part)
         child = subprocess.Popen([sys.executable, "-c", code, out], stderr=subprocess.DEVNULL)
         for _ in range(600):
             if {path.parent for path in out.glob(".part-*/train-00003.bin")} - stale:
                 break
             time.sleep(0.1)
-        helpers = children(child.pid)
+        workers = children(child.pid)
         child.send_signal(blow)
         assert child.wait(60) != 0
         for _ in range(100):
-            if not any(Path(f"/proc/{pid}").exists() for pid in helpers):
+            if not any(Path(f"/proc/{pid}").exists() for pid in workers):
                 break
             time.sleep(0.1)
         else:
@@ -598,7 +627,7 @@ def test_no_half_file_after_a_kill(tmp_path):
         assert not [path for path in out.iterdir() if not path.name.startswith(".part-")]
         with pytest.raises(FileNotFoundError, match="prepare"):
             TokenData(out, "train")
-    assert not list(out.iterdir())  # Ctrl-C cleans up, also after the kill before it
+    assert not list(out.iterdir())  # Ctrl-C cleans up, and the kill was two days before it
     prepare("fables:30", out, BYTES, workers=1)
     assert len(TokenData(out, "train", verify=True)) > 0
 
@@ -622,8 +651,10 @@ def test_bad_arguments_of_prepare(tmp_path):
     with pytest.raises(ValueError, match="no document fell into (val|train), of 1") as error:
         prepare(str(tmp_path / "one.txt"), tmp_path / "out", BYTES)
     one_line(error)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="one.txt: this is a file; name a folder") as error:
         prepare("fables:9", tmp_path / "one.txt", BYTES)
+    one_line(error)
+    assert (tmp_path / "one.txt").read_text() == "only one document"
 
 
 def test_workers_are_counted():
@@ -677,12 +708,25 @@ def test_damage_is_refused(shards):
         {"file": "train-00003.bin"},
         {"tokens": None},
         {"documents": "many"},
+        {"sha256": None},
+        {"floor": "low"},
+        {"floor": [1]},
     ],
 )
 def test_strange_descriptions_are_refused(shards, change):
     path = shards / "train-00000.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     refused(shards, "incomplete|missing")
+
+
+@pytest.mark.parametrize("field", ["sha256", "floor", "tokens", "documents", "tokenizer", "dtype"])
+def test_descriptions_that_lack_a_field_are_refused(shards, field):
+    for path in shards.glob("train-*.json"):
+        content = json.loads(path.read_text())
+        del content[field]
+        path.write_text(json.dumps(content))
+    refused(shards, "incomplete")
+    refused(shards, "incomplete", verify=True)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "not json", "\x00", "3"])
@@ -748,6 +792,12 @@ def test_a_batch_is_a_pure_function_of_seed_and_number(shards):
         again = Batches(TokenData(shards, "train"), 3, 50, seed=4).batch(i)
         assert all(torch.equal(a, b) for a, b in zip(again, forward[i], strict=True))
         assert all(torch.equal(a, b) for a, b in zip(one.batch(i), forward[i], strict=True))
+
+
+def test_there_is_no_batch_before_the_first():
+    with pytest.raises(ValueError, match="no batch -1: batches are counted from 0") as error:
+        Batches(Row(1000), 2, 10).batch(-1)
+    one_line(error)
 
 
 def test_batches_never_change():

@@ -369,14 +369,20 @@ def test_ids_may_come_from_numpy_and_torch(small):
 # ---------------------------------------------------------------- patterns
 
 
-@pytest.mark.parametrize("pattern", [r"\w+", r"x*", r"(a)(b)|c", r"(?<=a)b", "a|"])
+@pytest.mark.parametrize(
+    "pattern", [r"\w+", r"x*", r"(a)(b)|c", r"(?<=a)b", "a|", r"a\\K", r"\(*", r"\\\(\*x"]
+)
 def test_no_pattern_loses_text(pattern):
     tokenizer = Tokenizer.train(["ab abc xxab"], 270, pattern=pattern)
-    for text in [*HARD, "ab abc xx, yy xab\n"]:
+    for text in [*HARD, "ab abc xx, yy xab\n", r"a\K ((* \(*x"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("pattern", ["(", "[a", "*", r"\p{Nonsense}", r"a\K", "(?r)a", "a\ud800"])
+BAD = ["(", "[a", "*", r"\p{Nonsense}", r"a\K", "(?r)a", "a\ud800", r"a\\\K"]
+VERBS = [r"a(*SKIP)(*FAIL)", "(?x)a (*PRUNE)", "a(*F)", r"\\(*SKIP)"]
+
+
+@pytest.mark.parametrize("pattern", BAD + VERBS)
 def test_a_bad_pattern_is_refused(pattern):
     with pytest.raises(ValueError, match="split pattern") as caught:
         Tokenizer([], pattern=pattern)
