@@ -119,14 +119,15 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-# %% book/08-optim.md, exported cell 5 (39cb213d)
+# %% book/08-optim.md, exported cell 5 (82d7d97b)
 def warmup_cosine(
     step: int, *, peak: float, warmup: int = 200, total: int, floor: float = 0.1
 ) -> float:
     """The learning rate of step 0, 1, ..., total - 1: a line up to the peak, a cosine down.
 
     Step 0 has peak / warmup, step warmup - 1 the peak, step total - 1 (and any later one)
-    floor * peak. Raises ValueError if the warmup leaves no step for the cosine.
+    floor * peak. Without a warmup step 0 has the peak, also where it is the only step
+    (total=1). Raises ValueError if the warmup is not shorter than the run.
 
     >>> [round(warmup_cosine(s, peak=1.0, warmup=2, total=6), 3) for s in range(6)]
     [0.5, 1.0, 0.868, 0.55, 0.232, 0.1]

@@ -161,6 +161,17 @@ def test_schedule_ends_and_corners():
     assert warmup_cosine(5, peak=1.0, warmup=0, total=10, floor=1.0) == 1.0
 
 
+@pytest.mark.parametrize("warmup, total", [(1, 2), (1, 9), (8, 9), (200, 1000)])
+def test_schedule_is_the_equation_at_every_step(warmup, total):
+    for s in range(total):
+        u = (s - (warmup - 1)) / ((total - 1) - (warmup - 1))
+        cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * u)) / 2
+        expected = (s + 1) / warmup if s < warmup else cosine
+        assert warmup_cosine(s, peak=1.0, warmup=warmup, total=total) == pytest.approx(expected)
+        if warmup == 1:
+            assert warmup_cosine(s, peak=1.0, warmup=0, total=total) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     "step, options",
     [
