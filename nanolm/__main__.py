@@ -1,3 +1,4 @@
+# The seal of all that stands in no cell: c41489f4
 """`nanolm.__main__`, derived in the book, where each line has its reason:
 
 - book/16-command-line.md: The command line
@@ -10,9 +11,11 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import os
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Callable
@@ -22,7 +25,7 @@ from nanolm.data import TokenData, prepare, read_documents
 from nanolm.model import PRESETS, ModelConfig
 from nanolm.sample import SampleConfig, generate, stream
 from nanolm.tokenizer import Tokenizer
-from nanolm.train import TrainConfig, load_checkpoint, load_run, metrics, train
+from nanolm.train import TrainConfig, load_checkpoint, load_run, metrics, pick_device, train
 
 __all__ = [
     "main",
@@ -61,7 +64,7 @@ def chosen(args: argparse.Namespace, config_class: type) -> dict[str, typing.Any
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
-# %% book/16-command-line.md, exported cell 2 (f17ac4a1)
+# %% book/16-command-line.md, exported cell 2 (3c0519c3)
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line, with a guess at what was meant."""
 
@@ -76,9 +79,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         """Print one line to stderr and leave with exit code 2."""
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        known = list(self._option_string_actions)
-        near = difflib.get_close_matches(unknown[1], known, 1) if unknown else []
+        typed = re.findall(r"(?:unrecognized arguments: |invalid choice: ')(-*[\w-]+)", message)
+        known = [*self._option_string_actions, *re.findall(r"\w+", message.partition("choose")[2])]
+        near = difflib.get_close_matches("".join(typed), known, 1, cutoff=0.7)
         hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
         print(f"{self.prog}: error: {message}; {hint}", file=sys.stderr)
         raise SystemExit(2)
@@ -102,7 +105,7 @@ def guarded(command: Callable[[], int]) -> int:
         return 2
 
 
-# %% book/16-command-line.md, exported cell 4 (92d49009)
+# %% book/16-command-line.md, exported cell 4 (23908e98)
 def configs(args: argparse.Namespace) -> tuple[ModelConfig, TrainConfig]:
     """The configs of a run: a preset or, with `--resume`, the saved ones; on top what was typed."""
     model, config = ModelConfig.preset(args.preset), TrainConfig.preset(args.preset)
@@ -119,41 +122,57 @@ def train_command(args: argparse.Namespace) -> int:
     """`nanolm train`: train a model, or go on with an interrupted run."""
     model, config = configs(args)
     run = train(model, config, resume=args.resume, progress=sys.stderr.isatty())
-    print(f'\nnext:  nanolm sample {run} --prompt "..."\n       nanolm plot {run}')
+    if load_checkpoint(run).step < config.steps:  # cut short; train has said how to go on
+        return 130
+    place = shlex.quote(str(run))
+    print(f'\nnext:  nanolm sample {place} --prompt "..."\n       nanolm plot {place}')
     return 0
 
 
-# %% book/16-command-line.md, exported cell 5 (14fb7179)
+# %% book/16-command-line.md, exported cell 5 (0d542197)
+def say_aside(line: str) -> None:
+    """Tell a person something that is not part of the output."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def prompts(given: list[str]) -> typing.Iterator[str]:
-    """The prompts given, or those that a person types at a terminal, or one empty prompt."""
+    """The prompts given, or those that a person types, or what was piped in."""
     if given or not sys.stdin.isatty():
-        yield from given or [""]
+        yield from given or [sys.stdin.read().rstrip("\n")]
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives the prompt a history and the arrow keys)
     with contextlib.suppress(EOFError):
         while True:
-            yield input("\nprompt (Ctrl-D ends)> ")
+            say_aside("\nprompt (Ctrl-D ends):")
+            yield input()
 
 
 def sample_command(args: argparse.Namespace) -> int:
     """`nanolm sample`: continue prompts with a trained model."""
-    checkpoint = load_checkpoint(args.run, device=args.device)
+    checkpoint = load_checkpoint(args.run, device=pick_device(args.device), log=say_aside)
+    model, tokenizer = checkpoint.model.eval(), checkpoint.tokenizer
     config = dataclasses.replace(SampleConfig(), **chosen(args, SampleConfig))
     for prompt in prompts(args.prompt):
         if args.json:
-            text = generate(checkpoint.model, checkpoint.tokenizer, prompt, config)
-            row = {"prompt": prompt, "text": text, "step": checkpoint.step}
-            print(json.dumps(row, ensure_ascii=False))
+            row = {"prompt": prompt, "text": generate(model, tokenizer, prompt, config)}
+            print(json.dumps(row | {"step": checkpoint.step}, ensure_ascii=False), flush=True)
+            continue
+        try:
+            pieces = stream(model, tokenizer, prompt, config)
+        except ValueError as error:
+            if args.prompt or not sys.stdin.isatty():
+                raise
+            say_aside(str(error))  # a person may try another prompt
             continue
         print(prompt, end="", flush=True)
-        for piece in stream(checkpoint.model, checkpoint.tokenizer, prompt, config):
+        for piece in pieces:
             print(piece, end="", flush=True)
         print("\n")
     return 0
 
 
-# %% book/16-command-line.md, exported cell 6 (dba02f14)
+# %% book/16-command-line.md, exported cell 6 (617dbe31)
 def tokenizer_command(args: argparse.Namespace) -> int:
     """`nanolm tokenizer`: train one, or look at what one does to a text."""
     if args.action == "train":
@@ -165,14 +184,18 @@ def tokenizer_command(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer.load(args.tokenizer)
     text = sys.stdin.read() if args.text == "-" else args.text
     if args.action == "decode":
+        wrong = [word for word in text.split() if not re.fullmatch(r"-?[0-9]{1,9}", word)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is not a token id: give whole numbers")
         print(tokenizer.decode([int(word) for word in text.split()]))
         return 0
     ids = tokenizer.encode(text, allowed_special="all" if args.special else ())
-    pieces = [tokenizer.token_bytes(i).decode("utf-8", "backslashreplace") for i in ids]
+    pieces = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
     if args.json:
         print(json.dumps({"ids": ids, "pieces": pieces}, ensure_ascii=False))
     else:
-        print("\n".join(f"{i:6} {piece!r}" for i, piece in zip(ids, pieces, strict=True)))
+        shown = [json.dumps(piece, ensure_ascii=False) for piece in pieces]
+        print("\n".join(f"{i:6} {piece}" for i, piece in zip(ids, shown, strict=True)))
     return 0
 
 
@@ -191,9 +214,11 @@ def data_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 7 (cfd4b6c1)
+# %% book/16-command-line.md, exported cell 7 (9c17ed49)
 def curves(run: str | Path) -> dict[str, list[tuple[int, float]]]:
     """The points (step, nats a token) of a run: `train`, `val` and, where known, the `floor`."""
+    if not (Path(run) / "config.json").is_file():
+        raise FileNotFoundError(f"no run in {run}: give the folder of a run")
     rows = metrics(run)
     found = {
         "train": [(r["step"], r["loss"]) for r in rows if "loss" in r],
@@ -249,7 +274,7 @@ def plot_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 8 (33180739)
+# %% book/16-command-line.md, exported cell 8 (30249727)
 Command = Callable[[argparse.Namespace], int]
 SOURCES = 'files, folders, globs, "fables" or "hf:NAME"'
 
@@ -274,7 +299,7 @@ def build_parser() -> Parser:
     p.add_argument("run", help="a run's folder, or one of its checkpoints")
     p.add_argument("--prompt", action="append", default=[], help="text to continue; repeatable")
     p.add_argument("--json", action="store_true", help="print one JSON object a prompt")
-    p.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
     add_options(p, SampleConfig)
 
     tokenizer = command("tokenizer", tokenizer_command, "train a tokenizer, encode, decode")
@@ -287,6 +312,8 @@ def build_parser() -> Parser:
         p = command(name, tokenizer_command, words, into)
         p.add_argument("tokenizer", help="a tokenizer.json")
         p.add_argument("text", nargs="?", default="-", help="what to convert (- or none: stdin)")
+        if name == "decode":
+            continue
         p.add_argument("--json", action="store_true", help="print one JSON object")
         p.add_argument("--special", action="store_true", help="special tokens in the text are such")
 
@@ -313,6 +340,9 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code. `argv`: the words after the program's name."""
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # a terminal of few letters shows ? for the rest
+            output.reconfigure(errors="replace")
     args = build_parser().parse_args(argv)
     return guarded(lambda: args.run_command(args))
 

@@ -1,3 +1,4 @@
+# The seal of all that stands in no cell: 6872c7fe
 """`nanolm.model`, derived in the book, where each line has its reason:
 
 - book/03-rope.md: Rotary positions
@@ -10,7 +11,7 @@ with `python -m nanolm.tangle --update`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -181,7 +182,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# %% book/05-transformer.md, exported cell 2 (732f94c6)
+# %% book/05-transformer.md, exported cell 2 (d1a4ff18)
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},  # the defaults of ModelConfig: 10.36M parameters
     "pocket": dict(  # 0.77M parameters: learns on a laptop's CPU in minutes
@@ -207,9 +208,14 @@ class ModelConfig:
     init_std: float = field(default=0.02, metadata={"help": "deviation of the initial weights"})
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, not {value}")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            counts = isinstance(option.default, int)
+            if type(value) is not int and (counts or type(value) is not float):
+                kind = "a whole number" if counts else "a number"
+                raise ValueError(f"{option.name} must be {kind}, not {value!r}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{option.name} must be positive and finite, not {value}")
         for whole, part in (("d_model", "n_head"), ("n_head", "n_kv_head")):
             a, b = getattr(self, whole), getattr(self, part)
             if a % b:
@@ -261,12 +267,12 @@ def init_weights(model: nn.Module, n_layer: int, std: float = 0.02) -> None:
             nn.init.normal_(weight, std=std / (math.sqrt(2 * n_layer) if writes else 1.0))
 
 
-# %% book/05-transformer.md, exported cell 5 (b14d8e3f)
+# %% book/05-transformer.md, exported cell 5 (ecd46ce8)
 class Transformer(nn.Module):
     """A decoder-only language model whose head is its embedding (Press and Wolf 2017).
 
     Token ids (B, T) go in, logits (B, T, vocab_size) come out. `hidden` stops before the head, so
-    that a sampler can skip rows and a fused loss can skip the logits.
+    that a sampler can skip the rows which it does not need.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -13,8 +13,9 @@ import pytest
 import nanolm.__main__ as front
 from nanolm.__main__ import main
 
-TINY = "--n-layer 1 --d-model 16 --d-ff 16 --n-head 2 --n-kv-head 1 --vocab-size 300 --max-seq-len 32"
-SHORT = "--steps 12 --warmup-steps 2 --batch-size 4 --eval-every 6 --log-every 3 --checkpoint-every 6"
+TINY = "--n-layer 1 --d-model 16 --d-ff 16 --n-head 2 --n-kv-head 1 --max-seq-len 32"
+PACE = "--steps 12 --warmup-steps 2 --eval-every 6 --log-every 3 --checkpoint-every 6"
+SHORT = f"--vocab-size 300 --batch-size 4 {PACE}"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,16 @@ def test_a_run_is_trained_resumed_and_continued(trained, capsys, tmp_path):
 
 
 def test_sampling_is_seeded_and_speaks_json(trained, capsys):
-    argv = ["sample", str(trained / "first"), "--prompt", "Once", "--max-tokens", "6", "--seed", "3"]
+    argv = [
+        "sample",
+        str(trained / "first"),
+        "--prompt",
+        "Once",
+        "--max-tokens",
+        "6",
+        "--seed",
+        "3",
+    ]
     texts = []
     for _ in range(2):
         capsys.readouterr()
@@ -64,7 +74,7 @@ def test_sampling_is_seeded_and_speaks_json(trained, capsys):
 def test_a_person_is_asked_for_prompts(trained, capsys, monkeypatch):
     typed = iter(["The hen", EOFError()])
 
-    def answer(prompt):
+    def answer():
         word = next(typed)
         if isinstance(word, Exception):
             raise word
@@ -98,7 +108,17 @@ def test_tokenizer_commands_agree_with_the_library(trained, capsys, tmp_path, mo
 def test_data_commands_prepare_describe_and_show(trained, capsys, tmp_path):
     tokenizer = trained / "first" / "tokenizer.json"
     out = tmp_path / "shards"
-    argv = ["data", "prepare", "fables:60", "--tokenizer", tokenizer, "--out", out, "--workers", "1"]
+    argv = [
+        "data",
+        "prepare",
+        "fables:60",
+        "--tokenizer",
+        tokenizer,
+        "--out",
+        out,
+        "--workers",
+        "1",
+    ]
     assert main([str(word) for word in argv]) == 0
     assert main(["data", "info", str(out)]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -141,7 +161,9 @@ MISTAKES = {
     "tokenizer": "ACTION",
     "data info nowhere": "nowhere",
     "data show notes.pdf": "notes.pdf",
-    "plot nobody": "nobody",
+    "plot nobody": "no run in nobody",
+    "trian": "did you mean train",
+    "train --steps 9 --horns 2": "see nanolm train --help",
     "fly": "invalid choice",
     "": "COMMAND",
 }
@@ -170,11 +192,55 @@ def test_mistakes_with_a_run(trained, capsys, tmp_path):
     assert "d_model" in shape
     tokenizer = tmp_path / "first" / "tokenizer.json"
     assert "999" in refused(capsys, ["tokenizer", "decode", tokenizer, "1 999"])
-    assert "two" in refused(capsys, ["tokenizer", "decode", tokenizer, "1 two"])
+    assert "'two' is not a token id" in refused(capsys, ["tokenizer", "decode", tokenizer, "1 two"])
+    assert "cuda:77" in refused(capsys, ["sample", tmp_path / "first", "--device", "cuda:77"])
     run = tmp_path / "first"
     assert "top_p" in refused(capsys, ["sample", run, "--top-p", "2"])
     (run / "metrics.jsonl").unlink()
     assert "no measurements" in refused(capsys, ["plot", run])
+
+
+def test_piped_text_is_the_prompt(trained):
+    done = run_module(
+        ["sample", str(trained / "first"), "--max-tokens", "2", "--json"], input="The hen\n"
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["prompt"] == "The hen"
+
+
+def test_a_person_may_try_another_prompt(trained, capsys, monkeypatch):
+    typed = iter(["hen " * 400, "The fox"])
+
+    def answer():
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert main(["sample", str(trained / "first"), "--max-tokens", "2"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("The fox") and "a prompt has" in shown.err
+
+
+def test_few_letters_lose_nothing(tmp_path):
+    argv = f"train --data fables:60 --name ascii --runs-dir {tmp_path} {TINY} {SHORT}".split()
+    done = run_module(argv, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ascii" / "step-000012").is_dir()
+
+
+def test_an_interrupted_run_is_not_a_finished_one(tmp_path, monkeypatch):
+    def cut(model, config, **options):
+        from dataclasses import replace
+
+        from nanolm.train import train
+
+        return train(model, replace(config, steps=6), **options)
+
+    monkeypatch.setattr(front, "train", cut)
+    argv = f"train --data fables:60 --name cut --runs-dir {tmp_path} {TINY} {SHORT}".split()
+    assert main(argv) == 130
 
 
 def test_debug_lets_the_error_through(monkeypatch):
@@ -193,7 +259,11 @@ def test_interrupting_says_so(capsys):
 
 def run_module(words, **options):
     return subprocess.run(
-        [sys.executable, "-m", "nanolm", *words], capture_output=True, text=True, timeout=100, **options
+        [sys.executable, "-m", "nanolm", *words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        **options,
     )
 
 

@@ -327,11 +327,16 @@ def test_config_fields_explain_themselves_and_are_frozen():
         ({"n_kv_head": 3}, "n_head must be a multiple of n_kv_head: 8 / 3 leaves 2"),
         ({"d_model": 100}, "d_model must be a multiple of n_head: 100 / 8 leaves 4"),
         ({"d_model": 24, "n_head": 8}, "must be even for rotary positions: 3"),
-        ({"vocab_size": 0}, "vocab_size must be positive, not 0"),
-        ({"n_layer": -1}, "n_layer must be positive, not -1"),
+        ({"vocab_size": 0}, "vocab_size must be positive and finite, not 0"),
+        ({"n_layer": -1}, "n_layer must be positive and finite, not -1"),
         ({"n_kv_head": 16}, "n_head must be a multiple of n_kv_head"),
-        ({"norm_eps": float("nan")}, "norm_eps must be positive, not nan"),
+        ({"norm_eps": float("nan")}, "norm_eps must be positive and finite, not nan"),
         ({"rope_theta": 0.0}, "rope_theta must be positive"),
+        ({"init_std": float("inf")}, "init_std must be positive and finite, not inf"),
+        ({"n_layer": 2.5}, "n_layer must be a whole number, not 2.5"),
+        ({"vocab_size": True}, "vocab_size must be a whole number, not True"),
+        ({"d_model": "256"}, "d_model must be a whole number, not '256'"),
+        ({"rope_theta": None}, "rope_theta must be a number, not None"),
     ],
 )
 def test_impossible_shapes_are_one_line(wrong, message):
@@ -362,10 +367,12 @@ def test_bad_ids_are_one_line(ids, message):
         Transformer(TINY)(ids)
 
 
-def test_loss_at_birth_is_log_v():
-    model = Transformer(ModelConfig.preset("pocket"))
-    ids = some_ids(model.config, 4, 65)
-    assert model.loss(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(1024), abs=0.1)
+@pytest.mark.parametrize("std, extra", [(0.02, 0.03), (0.09, 0.52)])
+def test_loss_at_birth_is_log_v_and_half_the_variance(std, extra):
+    config = dataclasses.replace(ModelConfig.preset("pocket"), init_std=std)
+    model, ids = Transformer(config), some_ids(config, 8, 129)
+    loss = model.loss(ids[:, :-1], ids[:, 1:]).item()
+    assert loss == pytest.approx(math.log(config.vocab_size) + extra, abs=0.15)
 
 
 def test_loss_is_the_cross_entropy_of_the_logits():
