@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: a08ecacd
+# The seal of all that stands in no cell: 71bd02fb
 """`nanolm.sample`, derived in the book, where each line has its reason:
 
 - book/11-sample.md: Sampling
@@ -8,7 +8,7 @@ with `python -m nanolm.tangle --update`.
 """
 
 import codecs
-import textwrap
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -81,7 +81,7 @@ def filter_logits(logits: Tensor, *, temperature: float, top_k: int, top_p: floa
     return keep_top_p(logits, top_p) if top_p < 1 else logits
 
 
-# %% book/11-sample.md, exported cell 5 (0ccb6ea6)
+# %% book/11-sample.md, exported cell 5 (cf1ce83c)
 def sample_logits(
     logits: Tensor,
     *,
@@ -93,7 +93,8 @@ def sample_logits(
     """Draw one id (...) from each row of logits (..., V), by inverting the cumulative sum.
 
     One uniform number a row, drawn on the CPU unless the generator lives elsewhere: a seed
-    means the same numbers on every machine. Raises ValueError as `filter_logits` does.
+    means the same uniform numbers everywhere, and the same ids where the logits are the same
+    to the last digit. Raises ValueError as `filter_logits` does.
     """
     filtered = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     probs = filtered.softmax(-1)
@@ -126,7 +127,7 @@ def repetition_penalty(logits: Tensor, ids: Sequence[int] | Tensor, penalty: flo
     return logits.scatter(-1, seen, torch.where(old > 0, old / penalty, old * penalty))
 
 
-# %% book/11-sample.md, exported cell 7 (16f04fef)
+# %% book/11-sample.md, exported cell 7 (52ec0874)
 @dataclass(frozen=True)
 class SampleConfig:
     """How to continue a text; the filters act in the order penalty, temperature, top-k, top-p."""
@@ -143,7 +144,8 @@ class SampleConfig:
         default=1.0, metadata={"help": "discourage tokens already there (factor); 1 is off"}
     )
     seed: int | None = field(
-        default=None, metadata={"help": "same seed, same text (integer); unset, always new"}
+        default=None,
+        metadata={"help": "same seed, same text on the same machine (integer); unset, always new"},
     )
     stop: tuple[str, ...] = field(
         default=(), metadata={"help": "end before any of these strings (text)"}
@@ -292,17 +294,39 @@ def generate(
     return "".join(stream(model, tokenizer, prompt, config))
 
 
-# %% book/11-sample.md, exported cell 14 (7e0d2695)
+# %% book/11-sample.md, exported cell 14 (f8eb9ce6)
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes: wide characters two, combining marks none."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
+
+
+# %% book/11-sample.md, exported cell 15 (dcbd9516)
+def wrapped(line: str, width: int) -> list[str]:
+    """A line cut into rows of at most width columns (2 or more), at spaces where there are any."""
+    rows, row = list[str](), ""
+    for c in line:
+        if columns(row + c) > width:
+            cut = len(row) if c == " " else row.rfind(" ") + 1
+            cut = cut if row[:cut].strip() else len(row)  # no space to break at: anywhere
+            rows, row = [*rows, row[:cut].rstrip()], row[cut:]
+        if row or c != " " or not rows:  # the space at a break is gone
+            row += c
+    return [*rows, row]
+
+
+# %% book/11-sample.md, exported cell 16 (f7e8b622)
 def boxed(text: str, width: int = 72, title: str = "") -> str:
     """The text in a box `width` columns wide, wrapped, with control characters made visible."""
     if width < 8:
         raise ValueError(f"a box needs a width of at least 8 columns, not {width}")
     inner = width - 4
-    title = textwrap.shorten(title, inner - 2, placeholder="…")
-    top = f"┌─ {title} ".ljust(width - 1, "─") if title else "┌" + "─" * (width - 2)
+    shown = "".join(c if c.isprintable() else "·" for c in title)
+    if columns(shown) > inner - 2:
+        shown = wrapped(shown, inner - 3)[0].rstrip() + "…"
+    top = f"┌─ {shown} " if shown else "┌"
     rows = []
     for line in text.expandtabs(4).split("\n"):
-        line = "".join(c if c.isprintable() else "·" for c in line)
-        rows += textwrap.wrap(line, inner, replace_whitespace=False) or [""]
-    body = "".join(f"│ {row.ljust(inner)} │\n" for row in rows)
-    return f"{top}┐\n{body}└{'─' * (width - 2)}┘"
+        rows += wrapped("".join(c if c.isprintable() else "·" for c in line), inner)
+    body = "".join(f"│ {row}{' ' * (inner - columns(row))} │\n" for row in rows)
+    return f"{top}{'─' * (width - 1 - columns(top))}┐\n{body}└{'─' * (width - 2)}┘"

@@ -12,6 +12,7 @@ from nanolm.model import ModelConfig, Transformer
 from nanolm.sample import (
     SampleConfig,
     boxed,
+    columns,
     decode_stream,
     filter_logits,
     generate,
@@ -20,6 +21,7 @@ from nanolm.sample import (
     sample_logits,
     stream,
     until_stop,
+    wrapped,
 )
 from nanolm.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -431,3 +433,19 @@ def test_boxed():
     assert boxed("", 8) == "┌──────┐\n│      │\n└──────┘"
     with pytest.raises(ValueError, match="width"):
         boxed("hi", 5)
+
+
+@given(st.text("a é🦊日\u0301\x1b\n\t"), st.integers(8, 30), st.text("a 🦊\n"))
+@settings(deadline=None)
+def test_a_box_is_as_wide_as_it_says_in_columns(text, width, title):
+    assert {columns(line) for line in boxed(text, width, title).split("\n")} == {width}
+
+
+@given(st.text("ab ", max_size=60), st.integers(2, 12))
+@settings(deadline=None)
+def test_wrapping_keeps_every_word_in_order(line, width):
+    rows = wrapped(line, width)
+    assert all(columns(row) <= width for row in rows)
+    assert "".join(rows).replace(" ", "") == line.replace(" ", "")
+    assert wrapped("the fox saw it", 7) == ["the fox", "saw it"]
+    assert wrapped("日本の狐", 5) == ["日本", "の狐"]
