@@ -41,7 +41,7 @@ book: $(READY)
 	@echo "the book is ready: open $(CURDIR)/$(PAGE)"
 
 test: $(READY)
-	@$(BIN)/python -m pytest --nbval --nbval-current-env -n 2 --dist loadfile \
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --nbval --nbval-current-env -n 2 --dist loadfile \
 	  --cov=nanolm --cov-report=term --cov-fail-under=95 --durations=10 tests book
 
 # for people who write chapters

@@ -1,0 +1,49 @@
+"""What the README and the landing page say is what was measured."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+POCKET = json.loads((ROOT / "book/results/pocket.json").read_text(encoding="utf-8"))
+
+
+def test_the_curve_and_its_numbers():
+    last = POCKET["val_loss"][-1][1]
+    assert last / POCKET["floor"] < 1.10
+    for text in (README, (ROOT / "book/index.md").read_text(encoding="utf-8")):
+        assert f"{last:.3f}" in text and f"{POCKET['floor']:.3f}" in text
+        assert "_static/pocket-curve.png" in text
+
+
+def test_the_sample_is_one_that_was_drawn():
+    quoted = " ".join(line[2:] for line in README.splitlines() if line.startswith("> "))
+    assert quoted in POCKET["samples"]
+
+
+def test_the_measured_run_is_the_preset_as_it_is():
+    from dataclasses import asdict
+
+    from nanolm.model import ModelConfig
+    from nanolm.train import TrainConfig
+
+    assert POCKET["config"]["model"] == asdict(ModelConfig.preset("pocket"))
+    now = json.loads(json.dumps(asdict(TrainConfig.preset("pocket"))))
+    assert POCKET["config"]["train"] == now
+
+
+def test_the_english_run():
+    english = json.loads((ROOT / "book/results/english-h200.json").read_text(encoding="utf-8"))
+    train = english["config"]["train"]
+    tokens = train["steps"] * train["batch_size"] * english["config"]["model"]["max_seq_len"]
+    assert tokens // 10**6 == 98 and "98 million tokens" in README
+    seconds = tokens / english["tokens_per_second"]["median of log lines"]
+    assert 38 < seconds < 42 and "some 40 seconds" in README
+
+
+def test_every_link_leads_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(links) > 12 and "@@" not in README
+    for link in links:
+        assert (ROOT / link).exists(), link
