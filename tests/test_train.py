@@ -90,7 +90,7 @@ def curve(run: Path) -> list[dict]:
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = load_checkpoint(run)
+    checkpoint = load_checkpoint(run, optimizer=True)
     return checkpoint.model.state_dict() | checkpoint.optimizer
 
 
@@ -124,6 +124,46 @@ def test_resuming_what_is_finished_does_nothing(config, whole):
     before = (whole / "metrics.jsonl").read_bytes()
     train(MODEL, replace(config, name="whole"), resume=True, log=quiet)
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_fewer_steps_than_are_done(config, whole):
+    before = (whole / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="has done 24 steps: give --steps above 24"):
+        train(MODEL, replace(config, name="whole", steps=20), resume=True, log=quiet)
+    assert (whole / "config.json").read_bytes() == before
+    said: list[str] = []
+    train(MODEL, replace(config, name="whole"), resume=True, log=said.append)
+    assert len(said) == 1 and "already finished" in said[0]
+
+
+def test_a_damaged_diary_does_not_stop_a_run(config, whole):
+    expected = curve(whole)
+    with open(whole / "metrics.jsonl", "ab") as file:
+        file.write(b'[1]\n{"loss": 1}\n\xff\xfe}\n{"step": "x"}\n{"step": 25, "lo}')
+    assert curve(whole) == expected
+    train(MODEL, replace(config, name="whole", steps=26), resume=True, log=quiet)
+    assert [row["step"] for row in metrics(whole) if "loss" in row] == list(range(1, 27))
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2, 15, 30, 31])
+def test_a_short_validation_text_is_no_reason_to_refuse(config, prepared, tmp_path, extra):
+    class Part:
+        def __init__(self, path, split):
+            self.whole = TokenData(path, split)
+            self.meta, self.size = self.whole.meta, 64 + extra if split == "val" else None
+
+        def __len__(self):
+            return self.size or len(self.whole)
+
+        def __getitem__(self, place):
+            return self.whole[place]
+
+    make = {"resume": False, "log": quiet, "progress": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "TokenData", Part)
+        run = loop.open_run(MODEL, config, **make)
+        loop.validate(run)
+    assert run.val_batches.batch_size == run.val_batches.windows == 1
 
 
 def test_a_longer_run_may_be_asked_for_on_resume(config, whole):
@@ -237,7 +277,7 @@ def test_log_lines_and_boxed_samples(config):
         r"step \d\d/24  loss \d\.\d{3}  lr \d\.\de-\d  tok/s \d+(  val \d\.\d{3}  floor \d\.\d{3})?"
     )
     assert all(re.fullmatch(pattern, line) for line in steps)
-    assert [line[5:7] for line in steps if "val" in line] == ["10", "20", "24"]
+    assert [line[5:7] for line in steps if "val" in line] == ["08", "10", "16", "20", "24"]
     boxes = [line for line in lines if line.startswith("┌─ step")]
     assert [box[:10] for box in boxes] == ["┌─ step 12", "┌─ step 24"]
     assert all("The fox" in box for box in boxes)
@@ -246,7 +286,7 @@ def test_log_lines_and_boxed_samples(config):
 def test_metrics_have_a_line_for_each_step(whole):
     rows = metrics(whole)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 25))
-    assert [row["step"] for row in rows if "val_loss" in row] == [10, 20, 24]
+    assert [row["step"] for row in rows if "val_loss" in row] == [8, 10, 16, 20, 24]
     assert {"loss", "lr", "grad_norm", "tokens_per_second"} < set(rows[0])
     assert rows[-1]["floor"] > 0
     assert metrics(whole / "nowhere") == []
@@ -294,10 +334,10 @@ def damage(path: Path, how: str) -> None:
 def test_damaged_checkpoint_falls_back_to_the_one_before(config, whole, name, how):
     damage(whole / "step-000024" / name, how)
     said: list[str] = []
-    assert load_checkpoint(whole, log=said.append).step == 16
+    assert load_checkpoint(whole, optimizer=True, log=said.append).step == 16
     assert len(said) == 1 and "step-000024" in said[0] and "before it" in said[0]
     with pytest.raises((ValueError, OSError), match="step-000024") as error:
-        load_checkpoint(whole / "step-000024")
+        load_checkpoint(whole / "step-000024", optimizer=True)
     assert "\n" not in str(error.value)
 
 
@@ -379,6 +419,99 @@ def test_a_really_full_device(config, tmp_path):
     assert not path.exists()
 
 
+def test_an_interrupted_write_of_the_same_step_keeps_the_old_one(whole, monkeypatch):
+    model = load_checkpoint(whole).model
+    optimizer = torch.optim.AdamW(model.parameters())
+    move = os.replace
+
+    def broken(source, target):
+        if Path(source).name == ".step-000024":
+            raise OSError(5, "Input/output error")
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        loop.save_checkpoint(whole, model, optimizer, step=24)
+    monkeypatch.undo()
+    assert load_checkpoint(whole, optimizer=True, log=pytest.fail).step == 24
+    loop.save_checkpoint(whole, model, optimizer, step=24, fresh=True)
+    assert load_checkpoint(whole).state["fresh"] and not list(whole.glob(".step-*"))
+
+
+def test_what_was_never_evaluated_is_not_the_best(config, tmp_path):
+    model = Transformer(MODEL)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, val in [(1, None), (2, float("nan")), (3, None), (4, None)]:
+        loop.save_checkpoint(tmp_path / "b", model, optimizer, step=step, keep=2, val_loss=val)
+    assert [folder.name[-1] for folder in step_folders(tmp_path / "b")] == ["3", "4"]
+    run = train(MODEL, replace(config, eval_every=0, keep=1), log=quiet)
+    assert [folder.name for folder in step_folders(run)] == ["step-000024"]
+
+
+def test_a_checkpoint_has_the_validation_loss_of_its_own_step(whole):
+    found = {row["step"]: row["val_loss"] for row in metrics(whole) if "val_loss" in row}
+    for folder in step_folders(whole):
+        checkpoint = load_checkpoint(folder)
+        assert checkpoint.state["val_loss"] == found[checkpoint.step]
+
+
+def test_sampling_needs_no_optimizer_and_works_from_within(whole, monkeypatch):
+    folder = step_folders(whole)[-1]
+    (folder / "optimizer.safetensors").unlink()
+    monkeypatch.chdir(folder)
+    assert load_checkpoint(".", log=pytest.fail).optimizer == {}
+    assert load_checkpoint("..", log=pytest.fail).step == 24
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_fault_that_all_checkpoints_share_is_reported_once(whole, name):
+    (whole / name).write_text("{")
+    with pytest.raises(ValueError, match=name):
+        load_checkpoint(whole, log=pytest.fail)
+
+
+def test_output_that_fails_costs_no_work(config):
+    def closed(line: str) -> None:
+        if line.startswith("step 08/"):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError, match="Broken pipe$"):
+        train(MODEL, config, log=closed)
+    assert load_checkpoint(Path(config.runs_dir) / config.name).step == 8
+
+
+def test_room_is_only_asked_for_where_it_is_short(config):
+    def unlucky(line: str) -> None:
+        if line.startswith("step 03/"):
+            raise OSError(5, "Input/output error")
+
+    name = replace(config, name="a b")
+    with pytest.raises(OSError, match="stopped at step 3: .*; go on from the beginning") as error:
+        train(MODEL, name, log=unlucky)
+    assert "make room" not in str(error.value) and "--name 'a b'" in str(error.value)
+
+
+@pytest.mark.parametrize("eval_every", [0, 2])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config, eval_every):
+    wild = replace(config, warmup_steps=0, grad_clip=0, checkpoint_every=0, eval_every=eval_every)
+    with pytest.raises(ValueError, match="not finite at step .* beginning with a lower --lr") as e:
+        train(MODEL, replace(wild, lr=1e30, weight_decay=0), log=quiet)
+    assert "\n" not in str(e.value)
+    run = Path(config.runs_dir) / config.name
+    assert not step_folders(run)
+    assert "NaN" not in (run / "metrics.jsonl").read_text()
+    assert "Infinity" not in (run / "metrics.jsonl").read_text()
+
+
+def test_divergence_names_the_checkpoint_to_go_on_from(config, whole):
+    wild = replace(config, name="whole", steps=40, lr=1e30, grad_clip=0, weight_decay=0)
+    with pytest.raises(ValueError, match=r"last checkpoint \(step 24\) with a lower --lr: nanolm"):
+        train(MODEL, wild, resume=True, log=quiet)
+    assert load_checkpoint(whole).step == 24
+    train(MODEL, replace(config, name="whole", steps=26), resume=True, log=quiet)
+    assert load_checkpoint(whole).step == 26
+
+
 # signals and kills, in processes of their own
 
 SCRIPT = """
@@ -444,10 +577,24 @@ def test_killed_again_and_again_also_while_writing(config, whole):
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
         if step_folders(run):
-            load_checkpoint(run, log=pytest.fail)
+            load_checkpoint(run, optimizer=True, log=pytest.fail)
     assert list(run.glob(".step-*"))  # half a checkpoint is still there, and ignored
     assert_same_run(train(MODEL, config, resume=True, log=quiet), whole)
     assert not list(run.glob(".step-*"))
+
+
+def test_a_signal_in_the_last_step_leaves_nothing_to_go_on_with(config, monkeypatch):
+    said: list[str] = []
+    step = loop.train_step
+
+    def last(run):
+        step(run)
+        if run.step == 24:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "train_step", last)
+    train(MODEL, config, log=said.append)
+    assert said and not any("go on" in line for line in said)
 
 
 def test_second_ctrl_c_interrupts_at_once():
@@ -486,7 +633,10 @@ def test_progress_bar_lives_with_the_log(config, capfd, monkeypatch):
     [
         {"steps": 0}, {"batch_size": 0}, {"grad_accum": 0}, {"lr": -1.0}, {"lr": float("nan")},
         {"val_fraction": 2.0}, {"warmup_steps": 24}, {"name": ""}, {"name": "a/b"}, {"name": ".."},
-        {"dtype": "float16"}, {"data": ()}, {"keep": 0}, {"log_every": 0}, {"beta2": 1.5},
+        {"lr": float("inf")}, {"weight_decay": float("inf")}, {"beta1": 1.0}, {"beta2": 1},
+        {"seed": 2**63}, {"batch_size": 4.5}, {"steps": True}, {"lr": "fast"}, {"compile": 1},
+        {"name": 3}, {"data": (3,)}, {"dtype": "float16"},
+        {"data": ()}, {"keep": 0}, {"log_every": 0}, {"beta2": 1.5},
     ],
 )  # fmt: skip
 def test_config_refuses_nonsense(config, bad):
