@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-# %% book/16-command-line.md, exported cell 1 (bcb7cc45)
+# %% book/16-command-line.md, exported cell 1 (9ccbc049)
 def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
     """Give `parser` one option for every field of the dataclass `config_class`.
 
@@ -43,7 +43,8 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
     for field in dataclasses.fields(config_class):
         kinds = [k for k in typing.get_args(hints[field.name]) if k is not type(None)]
         kind = hints[field.name]
-        shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+        shown = field.default
+        shown = " ".join(shown) if isinstance(shown, tuple) else shown
         words = field.metadata.get("help", "").replace("%", "%%")
         extra: dict[str, typing.Any] = {"type": kinds[0] if kinds else kind}
         if kind is bool:
@@ -51,7 +52,8 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
         elif typing.get_origin(kind) is tuple:
             extra = {"type": str, "nargs": "+"}
         if kind is not bool:
-            extra["metavar"] = "WORD" if extra["type"] is str else extra["type"].__name__.upper()
+            kind = extra["type"]
+            extra["metavar"] = "WORD" if kind is str else kind.__name__.upper()
         help_text = f"{words} (default: {'none' if shown in ('', None) else shown})"
         flag = "--" + field.name.replace("_", "-")
         group.add_argument(flag, default=argparse.SUPPRESS, help=help_text, **extra)
@@ -214,7 +216,7 @@ def data_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 7 (9c17ed49)
+# %% book/16-command-line.md, exported cell 7 (970c535d)
 def curves(run: str | Path) -> dict[str, list[tuple[int, float]]]:
     """The points (step, nats a token) of a run: `train`, `val` and, where known, the `floor`."""
     if not (Path(run) / "config.json").is_file():
@@ -255,7 +257,9 @@ def plot_png(runs: list[str], out: str | Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
     styles = {"train": ":", "val": "-", "floor": "--"}
     for i, run in enumerate(runs):
         for name, points in curves(run).items():
