@@ -270,7 +270,7 @@ def test_evaluation_is_the_same_every_time_and_whatever_the_seed(config, prepare
 
 def test_log_lines_and_boxed_samples(config):
     lines: list[str] = []
-    prompt = replace(config, sample_every=12, sample_prompt="The fox")
+    prompt = replace(config, sample_every=12, sample_prompt="Fox")
     train(MODEL, prompt, log=lines.append)
     steps = [line for line in lines if line.startswith("step ")]
     pattern = (
@@ -280,7 +280,7 @@ def test_log_lines_and_boxed_samples(config):
     assert [line[5:7] for line in steps if "val" in line] == ["08", "10", "16", "20", "24"]
     boxes = [line for line in lines if line.startswith("┌─ step")]
     assert [box[:10] for box in boxes] == ["┌─ step 12", "┌─ step 24"]
-    assert all("The fox" in box for box in boxes)
+    assert all("│ Fox" in box for box in boxes)
 
 
 def test_metrics_have_a_line_for_each_step(whole):
