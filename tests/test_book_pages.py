@@ -146,7 +146,8 @@ const back = e => {
     if (!/, 0\\)$|transparent/.test(c)) return c }
   return 'rgb(255, 255, 255)' }
 const found = []
-for (const q of 'p|h1|h2|.cell-label|div.cell_input pre|div.output pre|td|p a:not(.headerlink)'.split('|')) {
+const parts = 'p|h1|h2|.cell-label|div.cell_input pre|div.output pre|td|p a:not(.headerlink)'
+for (const q of parts.split('|')) {
   const e = document.querySelector('.bd-article ' + q)
   if (!e || !e.textContent.trim()) continue
   const [a, b] = [light(getComputedStyle(e).color), light(back(e))].sort((x, y) => y - x)
