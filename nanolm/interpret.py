@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 5fb8135c
+# The seal of all that stands in no cell: bd6a77bd
 """`nanolm.interpret`, derived in the book, where each line has its reason:
 
 - book/18-interpret.md: Kernels without a GPU
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-# %% book/18-interpret.md, exported cell 1 (9caaded2)
+# %% book/18-interpret.md, exported cell 1 (928efee8)
 class Missing:
     """Stands in for Triton where there is none: kernels can be defined with it, not launched."""
 
@@ -69,6 +69,7 @@ def optional(name: str) -> Any:
         return Missing(name)
 
 
+# %% book/18-interpret.md, exported cell 2 (07bfc5be)
 triton = optional("triton")
 tl = optional("triton.language")
 
@@ -83,7 +84,7 @@ def interpreting() -> bool:
     return has_triton() and not isinstance(tl.sum, triton.JITFunction)
 
 
-# %% book/18-interpret.md, exported cell 2 (d748c85e)
+# %% book/18-interpret.md, exported cell 3 (d748c85e)
 def widened(bits: np.ndarray) -> np.ndarray:
     """bfloat16 bit patterns (uint16) as the float32 values that they stand for; exact."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -96,7 +97,7 @@ def narrowed(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
-# %% book/18-interpret.md, exported cell 3 (e3046ef1)
+# %% book/18-interpret.md, exported cell 4 (08e39c56)
 def up(value: Any) -> Any:
     """A bfloat16 handle of the interpreter as float32; anything else as it is."""
     from triton.runtime.interpreter import TensorHandle
@@ -113,6 +114,7 @@ def down(handle: Any) -> Any:
     return TensorHandle(narrowed(handle.data), tl.bfloat16)
 
 
+# %% book/18-interpret.md, exported cell 5 (450fdb25)
 def in_float32(method: Callable) -> Callable:
     """The interpreter's arithmetic, with bfloat16 computed in float32 and rounded once, at the end.
 
@@ -152,7 +154,7 @@ def summing(method: Callable) -> Callable:
     return repaired
 
 
-# %% book/18-interpret.md, exported cell 4 (cf39bd17)
+# %% book/18-interpret.md, exported cell 6 (cf39bd17)
 def with_float_arguments(convert: Callable) -> Callable:
     """The interpreter's conversion of arguments, with Python floats as float32, as compiled."""
 
@@ -199,7 +201,7 @@ def repair_bfloat16() -> None:
     builder.bfloat16_is_repaired = True
 
 
-# %% book/18-interpret.md, exported cell 5 (a8cbad97)
+# %% book/18-interpret.md, exported cell 7 (a8cbad97)
 def poison(dtype: torch.dtype) -> float:
     """A value that cannot be overlooked: NaN, or the least integer of the type."""
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
@@ -233,7 +235,7 @@ def intact(view: Tensor, whole: Tensor) -> bool:
     return bool((rest.isnan() if whole.is_floating_point() else rest == filler).all())
 
 
-# %% book/18-interpret.md, exported cell 6 (bfe7d219)
+# %% book/18-interpret.md, exported cell 8 (bfe7d219)
 NOBODY = -1
 SEVERAL = -2
 
@@ -288,7 +290,7 @@ class Memory:
             self.reader[offsets] = np.where(alone, program, SEVERAL)
 
 
-# %% book/18-interpret.md, exported cell 7 (86cb34db)
+# %% book/18-interpret.md, exported cell 9 (86cb34db)
 class MemoryFault(AssertionError):
     """A kernel did what it must not: `kind`, `detail`, `file`, `lineno`, and the line, `source`."""
 
@@ -315,7 +317,7 @@ def kernel_frame() -> FrameType:
     return frame
 
 
-# %% book/18-interpret.md, exported cell 8 (ee9639eb)
+# %% book/18-interpret.md, exported cell 10 (ee9639eb)
 class Launch:
     """One launch under the eyes of `checked`: its kernel's name and the memory it was given."""
 
@@ -369,7 +371,7 @@ class Launch:
         return tuple(map(int, np.unravel_index(program, interpreter_builder.grid_dim)))
 
 
-# %% book/18-interpret.md, exported cell 9 (fb859f5d)
+# %% book/18-interpret.md, exported cell 11 (fb859f5d)
 @contextlib.contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
     """Give some attributes of an object other values for a while."""
@@ -402,7 +404,7 @@ def preceded(method: Callable, look: Callable) -> Callable:
     return watched
 
 
-# %% book/18-interpret.md, exported cell 10 (800cb0b5)
+# %% book/18-interpret.md, exported cell 12 (800cb0b5)
 class Checker:
     """What `checked` puts before the interpreter's own methods; `launch` is the latest launch."""
 
@@ -455,7 +457,7 @@ def unwrapping(method: Callable) -> Callable:
     return run
 
 
-# %% book/18-interpret.md, exported cell 11 (15df9a1c)
+# %% book/18-interpret.md, exported cell 13 (15df9a1c)
 @contextlib.contextmanager
 def checked() -> Iterator[Checker]:
     """Check every access to memory of the kernels that are interpreted meanwhile.
@@ -487,7 +489,7 @@ def checked() -> Iterator[Checker]:
         yield checker
 
 
-# %% book/18-interpret.md, exported cell 12 (1d5979cd)
+# %% book/18-interpret.md, exported cell 14 (1d5979cd)
 class Card:
     """What Triton asks of a GPU before a launch, answered for one that is not there."""
 
@@ -543,7 +545,7 @@ def compile_only(capability: int) -> Iterator[list[tuple[str, Any]]]:
                 kernel.device_caches.clear()
 
 
-# %% book/18-interpret.md, exported cell 13 (5a3c39d4)
+# %% book/18-interpret.md, exported cell 15 (5a3c39d4)
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # shared memory that one block may have (KiB)
 
 
