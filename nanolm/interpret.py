@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: bd6a77bd
+# The seal of all that stands in no cell: a17c85aa
 """`nanolm.interpret`, derived in the book, where each line has its reason:
 
 - book/18-interpret.md: Kernels without a GPU
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-# %% book/18-interpret.md, exported cell 1 (928efee8)
+# %% book/18-interpret.md, exported cell 1 (559a44e0)
 class Missing:
     """Stands in for Triton where there is none: kernels can be defined with it, not launched."""
 
@@ -50,17 +50,21 @@ class Missing:
         return Missing(f"{self.__name__}.{name}")
 
     def __call__(self, *arguments: Any, **options: Any) -> "Missing":
+        """What defines a kernel gives a stand-in for it; anything else is a use, and refused."""
         if self.__name__.split(".")[-1] not in ("jit", "constexpr", "autotune", "Config"):
-            self[()]
+            raise self.error()
         return Missing(getattr((*arguments, self)[0], "__name__", self.__name__))
 
     def __getitem__(self, grid: Any) -> Any:
-        raise ImportError(
-            f"{self.__name__} needs Triton, which is not installed: `pip install triton` on Linux; "
-            "elsewhere use the functions of plain PyTorch"
-        )
+        raise self.error()
+
+    def error(self) -> ImportError:
+        """What is missing, and what to do."""
+        need = f"{self.__name__} needs Triton, which is not installed"
+        return ImportError(f"{need}: `pip install triton` on Linux; elsewhere use plain PyTorch")
 
 
+# %% book/18-interpret.md, exported cell 2 (795fd1ed)
 def optional(name: str) -> Any:
     """The module of that name, or a stand-in if it cannot be imported."""
     try:
@@ -69,7 +73,7 @@ def optional(name: str) -> Any:
         return Missing(name)
 
 
-# %% book/18-interpret.md, exported cell 2 (07bfc5be)
+# %% book/18-interpret.md, exported cell 3 (07bfc5be)
 triton = optional("triton")
 tl = optional("triton.language")
 
@@ -84,7 +88,7 @@ def interpreting() -> bool:
     return has_triton() and not isinstance(tl.sum, triton.JITFunction)
 
 
-# %% book/18-interpret.md, exported cell 3 (d748c85e)
+# %% book/18-interpret.md, exported cell 4 (d748c85e)
 def widened(bits: np.ndarray) -> np.ndarray:
     """bfloat16 bit patterns (uint16) as the float32 values that they stand for; exact."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -97,7 +101,7 @@ def narrowed(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
-# %% book/18-interpret.md, exported cell 4 (08e39c56)
+# %% book/18-interpret.md, exported cell 5 (08e39c56)
 def up(value: Any) -> Any:
     """A bfloat16 handle of the interpreter as float32; anything else as it is."""
     from triton.runtime.interpreter import TensorHandle
@@ -114,7 +118,7 @@ def down(handle: Any) -> Any:
     return TensorHandle(narrowed(handle.data), tl.bfloat16)
 
 
-# %% book/18-interpret.md, exported cell 5 (450fdb25)
+# %% book/18-interpret.md, exported cell 6 (8870768d)
 def in_float32(method: Callable) -> Callable:
     """The interpreter's arithmetic, with bfloat16 computed in float32 and rounded once, at the end.
 
@@ -130,6 +134,7 @@ def in_float32(method: Callable) -> Callable:
     return repaired
 
 
+# %% book/18-interpret.md, exported cell 7 (def47979)
 def casting(method: Callable) -> Callable:
     """The interpreter's conversion between types, by way of float32 to and from bfloat16."""
 
@@ -154,7 +159,7 @@ def summing(method: Callable) -> Callable:
     return repaired
 
 
-# %% book/18-interpret.md, exported cell 6 (cf39bd17)
+# %% book/18-interpret.md, exported cell 8 (b3447f01)
 def with_float_arguments(convert: Callable) -> Callable:
     """The interpreter's conversion of arguments, with Python floats as float32, as compiled."""
 
@@ -178,6 +183,7 @@ def with_loop_bounds(patch: Callable) -> Callable:
     return repaired
 
 
+# %% book/18-interpret.md, exported cell 9 (667a4c76)
 def repair_bfloat16() -> None:
     """Teach Triton's interpreter bfloat16, which it gets silently wrong; safe to call again.
 
@@ -201,7 +207,7 @@ def repair_bfloat16() -> None:
     builder.bfloat16_is_repaired = True
 
 
-# %% book/18-interpret.md, exported cell 7 (a8cbad97)
+# %% book/18-interpret.md, exported cell 10 (a8cbad97)
 def poison(dtype: torch.dtype) -> float:
     """A value that cannot be overlooked: NaN, or the least integer of the type."""
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
@@ -235,7 +241,7 @@ def intact(view: Tensor, whole: Tensor) -> bool:
     return bool((rest.isnan() if whole.is_floating_point() else rest == filler).all())
 
 
-# %% book/18-interpret.md, exported cell 8 (bfe7d219)
+# %% book/18-interpret.md, exported cell 11 (e834dbda)
 NOBODY = -1
 SEVERAL = -2
 
@@ -265,32 +271,38 @@ class Memory:
         names = ", ".join(views)
         return cls(names, storage.data_ptr(), inside.numpy(), nobody, nobody.copy())
 
-    def outside(self, offsets: np.ndarray) -> np.ndarray:
-        """Which of these offsets (bytes) are the beginning of no element."""
-        good = (offsets >= 0) & (offsets < self.inside.size)
-        good[good] = self.inside[offsets[good]]
-        return ~good
 
-    def rival(self, offsets: np.ndarray, program: int, writes: bool) -> tuple[int, int] | None:
-        """Another program at one of these offsets, and the offset; None if there is no race."""
-        for owner in (self.writer, self.reader) if writes else (self.writer,):
-            found = owner[offsets]
-            other = (found != NOBODY) & (found != program)
-            if other.any():
-                return int(found[other][0]), int(offsets[other][0])
-        return None
-
-    def note(self, offsets: np.ndarray, program: int, writes: bool) -> None:
-        """Remember that a program was here."""
-        if writes:
-            self.writer[offsets] = program
-        else:
-            before = self.reader[offsets]
-            alone = (before == NOBODY) | (before == program)
-            self.reader[offsets] = np.where(alone, program, SEVERAL)
+# %% book/18-interpret.md, exported cell 12 (268826b8)
+def outside(memory: Memory, offsets: np.ndarray) -> np.ndarray:
+    """Which of these offsets (bytes) are the beginning of no element."""
+    good = (offsets >= 0) & (offsets < memory.inside.size)
+    good[good] = memory.inside[offsets[good]]
+    return ~good
 
 
-# %% book/18-interpret.md, exported cell 9 (86cb34db)
+def rival(
+    memory: Memory, offsets: np.ndarray, program: int, writes: bool
+) -> tuple[int, int] | None:
+    """Another program that makes this access a race, and the offset of it; None if there is none."""
+    for owner in (memory.writer, memory.reader) if writes else (memory.writer,):
+        found = owner[offsets]
+        other = (found != NOBODY) & (found != program)
+        if other.any():
+            return int(found[other][0]), int(offsets[other][0])
+    return None
+
+
+def note(memory: Memory, offsets: np.ndarray, program: int, writes: bool) -> None:
+    """Remember that a program was here."""
+    if writes:
+        memory.writer[offsets] = program
+    else:
+        before = memory.reader[offsets]
+        alone = (before == NOBODY) | (before == program)
+        memory.reader[offsets] = np.where(alone, program, SEVERAL)
+
+
+# %% book/18-interpret.md, exported cell 13 (86cb34db)
 class MemoryFault(AssertionError):
     """A kernel did what it must not: `kind`, `detail`, `file`, `lineno`, and the line, `source`."""
 
@@ -317,7 +329,7 @@ def kernel_frame() -> FrameType:
     return frame
 
 
-# %% book/18-interpret.md, exported cell 10 (ee9639eb)
+# %% book/18-interpret.md, exported cell 14 (6fbf2918)
 class Launch:
     """One launch under the eyes of `checked`: its kernel's name and the memory it was given."""
 
@@ -335,43 +347,34 @@ class Launch:
         which = np.searchsorted(self.starts, addresses, side="right") - 1
         for number in np.unique(which).tolist():
             memory = self.memories[max(number, 0)]
-            offsets = addresses[which == number] - memory.start
-            self.look(action, memory, offsets, atomic)
-
-    def look(self, action: str, memory: Memory, offsets: np.ndarray, atomic: bool) -> None:
-        """Raise MemoryFault if these offsets (bytes) are out of bounds or in a race."""
-        program, writes, names = self.program(), action == "store", memory.names
-        what = f"{action} by program {self.point(program)} of {self.name}"
-        bad = memory.outside(offsets)
-        if bad.any():
-            memory.strayed = offsets[bad]
-            first = f"the first at byte {offsets[bad][0]} of {memory.inside.size}"
-            detail = f"{bad.sum()} of {offsets.size} lanes outside {names}, {first}"
-            raise MemoryFault("out of bounds", what, detail)
-        if atomic:
-            return
-        rival = memory.rival(offsets, program, writes)
-        if rival:
-            who = "several programs" if rival[0] == SEVERAL else f"program {self.point(rival[0])}"
-            detail = f"byte {rival[1]} of {names} was touched by {who} too"
-            raise MemoryFault("race", what, detail)
-        memory.note(offsets, program, writes)
-
-    def program(self) -> int:
-        """The number of the running program, from 0."""
-        from triton.runtime.interpreter import interpreter_builder
-
-        at, grid = interpreter_builder.grid_idx, interpreter_builder.grid_dim
-        return int(np.ravel_multi_index(at, grid))
-
-    def point(self, program: int) -> tuple[int, ...]:
-        """The point of the grid that a program's number stands for."""
-        from triton.runtime.interpreter import interpreter_builder
-
-        return tuple(map(int, np.unravel_index(program, interpreter_builder.grid_dim)))
+            look(self.name, action, memory, addresses[which == number] - memory.start, atomic)
 
 
-# %% book/18-interpret.md, exported cell 11 (fb859f5d)
+# %% book/18-interpret.md, exported cell 15 (cbe6d42e)
+def look(name: str, action: str, memory: Memory, offsets: np.ndarray, atomic: bool) -> None:
+    """Raise MemoryFault if an access at these offsets (bytes) is out of bounds or in a race."""
+    from triton.runtime.interpreter import interpreter_builder as running
+
+    program = int(np.ravel_multi_index(running.grid_idx, running.grid_dim))
+    what, writes = f"{action} by program {running.grid_idx} of {name}", action == "store"
+    bad = outside(memory, offsets)
+    if bad.any():
+        memory.strayed = offsets[bad]
+        first = f"the first at byte {offsets[bad][0]} of {memory.inside.size}"
+        detail = f"{bad.sum()} of {offsets.size} lanes outside {memory.names}, {first}"
+        raise MemoryFault("out of bounds", what, detail)
+    if atomic:
+        return
+    found = rival(memory, offsets, program, writes)
+    if found:
+        other, byte = found
+        at = tuple(map(int, np.unravel_index(max(other, 0), running.grid_dim)))
+        who = "several programs" if other == SEVERAL else f"program {at}"
+        raise MemoryFault("race", what, f"byte {byte} of {memory.names} was touched by {who} too")
+    note(memory, offsets, program, writes)
+
+
+# %% book/18-interpret.md, exported cell 16 (ea6f189a)
 @contextlib.contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
     """Give some attributes of an object other values for a while."""
@@ -385,6 +388,7 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+# %% book/18-interpret.md, exported cell 17 (d45b477f)
 def tensors(name: str, value: Any) -> dict[str, Tensor]:
     """The tensors in an argument of a launch: itself, or what a descriptor or a tuple holds."""
     if isinstance(value, tuple):
@@ -404,7 +408,7 @@ def preceded(method: Callable, look: Callable) -> Callable:
     return watched
 
 
-# %% book/18-interpret.md, exported cell 12 (800cb0b5)
+# %% book/18-interpret.md, exported cell 18 (0c2248d2)
 class Checker:
     """What `checked` puts before the interpreter's own methods; `launch` is the latest launch."""
 
@@ -440,6 +444,7 @@ class Checker:
         return bind
 
 
+# %% book/18-interpret.md, exported cell 19 (0b601ee1)
 def unwrapping(method: Callable) -> Callable:
     """The running of a launch, out of which a MemoryFault comes as itself: Triton wraps it."""
 
@@ -457,7 +462,7 @@ def unwrapping(method: Callable) -> Callable:
     return run
 
 
-# %% book/18-interpret.md, exported cell 13 (15df9a1c)
+# %% book/18-interpret.md, exported cell 20 (15df9a1c)
 @contextlib.contextmanager
 def checked() -> Iterator[Checker]:
     """Check every access to memory of the kernels that are interpreted meanwhile.
@@ -489,7 +494,7 @@ def checked() -> Iterator[Checker]:
         yield checker
 
 
-# %% book/18-interpret.md, exported cell 14 (1d5979cd)
+# %% book/18-interpret.md, exported cell 21 (9078b33d)
 class Card:
     """What Triton asks of a GPU before a launch, answered for one that is not there."""
 
@@ -511,13 +516,14 @@ class Card:
         return torch.device("meta")
 
 
+# %% book/18-interpret.md, exported cell 22 (4c85ec95)
 @contextlib.contextmanager
 def compile_only(capability: int) -> Iterator[list[tuple[str, Any]]]:
     """Compile the kernels that are launched meanwhile, on meta tensors, for a GPU; launch none.
 
     `capability` is the GPU's compute capability times ten: 80 (A100), 86 (RTX 3090), 89 (RTX 4090),
     90 (H100). Gives a list that fills with each kernel's name and what it was compiled to. Raises
-    RuntimeError unless TRITON_INTERPRET=0 was set before Triton was imported.
+    RuntimeError where kernels are interpreted: set TRITON_INTERPRET=0 before Triton is imported.
     """
     if interpreting() or not has_triton():
         why = "is interpreting in this process" if has_triton() else "is not installed"
@@ -545,7 +551,7 @@ def compile_only(capability: int) -> Iterator[list[tuple[str, Any]]]:
                 kernel.device_caches.clear()
 
 
-# %% book/18-interpret.md, exported cell 15 (5a3c39d4)
+# %% book/18-interpret.md, exported cell 23 (5a3c39d4)
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # shared memory that one block may have (KiB)
 
 
