@@ -272,7 +272,7 @@ class Memory:
         return cls(names, storage.data_ptr(), inside.numpy(), nobody, nobody.copy())
 
 
-# %% book/18-interpret.md, exported cell 12 (268826b8)
+# %% book/18-interpret.md, exported cell 12 (b1d4c3b5)
 def outside(memory: Memory, offsets: np.ndarray) -> np.ndarray:
     """Which of these offsets (bytes) are the beginning of no element."""
     good = (offsets >= 0) & (offsets < memory.inside.size)
@@ -283,7 +283,7 @@ def outside(memory: Memory, offsets: np.ndarray) -> np.ndarray:
 def rival(
     memory: Memory, offsets: np.ndarray, program: int, writes: bool
 ) -> tuple[int, int] | None:
-    """Another program that makes this access a race, and the offset of it; None if there is none."""
+    """A program that this access is in a race with, and the offset; None if there is none."""
     for owner in (memory.writer, memory.reader) if writes else (memory.writer,):
         found = owner[offsets]
         other = (found != NOBODY) & (found != program)
