@@ -37,7 +37,10 @@ __all__ = [
 ]
 
 
-# %% book/18-interpret.md, exported cell 1 (559a44e0)
+# %% book/18-interpret.md, exported cell 1 (a06e71e2)
+DEFINING = {"jit", "constexpr", "autotune", "heuristics", "Config"}
+
+
 class Missing:
     """Stands in for Triton where there is none: kernels can be defined with it, not launched."""
 
@@ -51,7 +54,7 @@ class Missing:
 
     def __call__(self, *arguments: Any, **options: Any) -> "Missing":
         """What defines a kernel gives a stand-in for it; anything else is a use, and refused."""
-        if self.__name__.split(".")[-1] not in ("jit", "constexpr", "autotune", "Config"):
+        if self.__name__.split(".")[-1] not in DEFINING:
             raise self.error()
         return Missing(getattr((*arguments, self)[0], "__name__", self.__name__))
 

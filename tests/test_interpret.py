@@ -770,6 +770,7 @@ def test_a_module_with_kernels_can_be_imported_without_triton():
         import test_interpret  # with all its kernels, decorators and constants
 
         @triton.autotune(configs=[triton.Config({"BLOCK": 16})], key=["n"])
+        @triton.heuristics({"dtype": lambda arguments: tl.float32})
         @triton.jit(debug=True)
         def tuned_kernel(x_ptr, n, BLOCK: tl.constexpr, dtype: tl.constexpr = tl.float32):
             pass
