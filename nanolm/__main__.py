@@ -281,7 +281,7 @@ def plot_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 8 (5b78cac9)
+# %% book/16-command-line.md, exported cell 8 (a3cc0305)
 def writable(path: str) -> Path:
     """The path of a file that can be written, or an OSError."""
     place = Path(path)
@@ -295,7 +295,7 @@ def bench_command(args: argparse.Namespace) -> int:
     place, case = writable(args.json) if args.json else None, CASES[args.case]
     known = inspect.signature(case).parameters
     options = {k: v for k, v in vars(args).items() if k in known and v is not None}
-    words = [word.replace(str(place), place.name) if place else word for word in args.words]
+    words = [word.replace(args.json, place.name) if place else word for word in args.words]
     result = {"what": f"nanolm bench {args.case}", **machine(), "rows": []}
     result["command"] = shlex.join(["nanolm", *words])
     for _, rows in groupby(case(**options), key=lambda row: row["title"]):
