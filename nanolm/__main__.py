@@ -308,7 +308,7 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 9 (1b333fe9)
+# %% book/16-command-line.md, exported cell 9 (b19b1efe)
 Command = Callable[[argparse.Namespace], int]
 SOURCES = 'files, folders, globs, "fables" or "hf:NAME"'
 
@@ -371,7 +371,7 @@ def build_parser() -> Parser:
     for name in CASES:
         p = command(name, bench_command, f"the case {name}: times, ratios, errors", into)
         p.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
-        p.add_argument("--repeats", type=int, help="samples of each contestant (default: 50)")
+        p.add_argument("--repeats", type=int, help="samples of each (default: 50; CPU: 20)")
         p.add_argument("--json", metavar="FILE", help="file to keep the result in")
         if name == "attention":
             words = "shapes B,H,H_KV,T,D (default: those of the book)"

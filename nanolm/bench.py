@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 9bb7c714
+# The seal of all that stands in no cell: 1c579028
 """`nanolm.bench`, derived in the book, where each line has its reason:
 
 - book/14-bench.md: Side by side
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-# %% book/14-bench.md, exported cell 1 (cc24a426)
+# %% book/14-bench.md, exported cell 1 (7144e53c)
 Clock = Callable[[], float]
 Sampler = Callable[[], Callable[[], float]]
 
@@ -58,12 +58,11 @@ def enough_calls(function: Callable, clock: Clock, span: float) -> int:
     return calls
 
 
-def stopwatch(function: Callable, clock: Clock = time.perf_counter, span: float = 5e-4) -> Sampler:
-    """A sampler by a clock: each time it is called it times a batch of calls.
-
-    It returns how to read the result (seconds a call), which is known at once here, and later on
-    a GPU.
-    """
+# %% book/14-bench.md, exported cell 2 (a0e245af)
+def stopwatch(
+    function: Callable, clock: Clock = time.perf_counter, span: float = 5e-4
+) -> Sampler:  # fmt: skip
+    """A sampler that times a batch of calls, long enough for the clock (seconds a call)."""
     calls = enough_calls(function, clock, span)
 
     def sample() -> Callable[[], float]:
@@ -76,7 +75,7 @@ def stopwatch(function: Callable, clock: Clock = time.perf_counter, span: float 
     return sample
 
 
-# %% book/14-bench.md, exported cell 2 (3ef16837)
+# %% book/14-bench.md, exported cell 3 (3ef16837)
 @dataclass(frozen=True)
 class Timing:
     """What one contestant took: `samples` in seconds a call, in the order of measurement."""
@@ -97,7 +96,7 @@ class Timing:
         return self.quantile(0.5)
 
 
-# %% book/14-bench.md, exported cell 3 (63f0c806)
+# %% book/14-bench.md, exported cell 4 (63f0c806)
 def race(samplers: dict[str, Sampler], repeats: int) -> dict[str, Timing]:
     """Take `repeats` samples of each, in rounds of shuffled order; read them all at the end."""
     if repeats < 1:
@@ -111,7 +110,7 @@ def race(samplers: dict[str, Sampler], repeats: int) -> dict[str, Timing]:
     return {name: Timing(tuple(read() for read in found)) for name, found in readings.items()}
 
 
-# %% book/14-bench.md, exported cell 4 (591ef358)
+# %% book/14-bench.md, exported cell 5 (26db7ebf)
 def waited() -> float:
     """The host's clock, once the GPU has done all that it was given (seconds)."""
     torch.cuda.synchronize()
@@ -145,6 +144,7 @@ def graphed(function: Callable, span: float = 0.002) -> Sampler:
     return sample
 
 
+# %% book/14-bench.md, exported cell 6 (d0b32d2b)
 def sampler(function: Callable, device: str) -> Sampler:
     """The way of timing that suits a device: CUDA graphs on "cuda", a clock on "cpu"."""
     return graphed(function) if device == "cuda" else stopwatch(function)
@@ -157,14 +157,14 @@ def timed(
     return race({name: sampler(f, device) for name, f in functions.items()}, repeats)
 
 
-# %% book/14-bench.md, exported cell 5 (c30ed597)
+# %% book/14-bench.md, exported cell 7 (c30ed597)
 def rotating(function: Callable, sets: Iterable[tuple]) -> Callable[[], Any]:
     """`function` without arguments: each call takes the next of `sets`, round and round."""
     turn = itertools.cycle(sets)
     return lambda: function(*next(turn))
 
 
-# %% book/14-bench.md, exported cell 6 (13d55c3a)
+# %% book/14-bench.md, exported cell 8 (6f043e7e)
 Row = dict[str, Any]
 OURS = "nanolm"
 
@@ -186,6 +186,7 @@ def reason(error: Exception) -> str:
     return re.sub(r"(?<!\w)/\S*/", "", f"{type(error).__name__}: {first}")[:100]
 
 
+# %% book/14-bench.md, exported cell 9 (ace74246)
 def admit(
     contestants: dict[str, Callable], tolerance: float, device: str
 ) -> tuple[dict[str, Sampler], dict[str, float], dict[str, str]]:
@@ -207,7 +208,7 @@ def admit(
     return samplers, errors, skipped
 
 
-# %% book/14-bench.md, exported cell 7 (c02b1c68)
+# %% book/14-bench.md, exported cell 10 (c02b1c68)
 def contest(
     title: str, work: str, contestants: dict[str, Callable], *, amount: float, unit: str,
     tolerance: float, repeats: int = 50, device: str = "cpu",
@@ -232,7 +233,7 @@ def contest(
         yield row | {"rate": amount / took.median, "unit": f"{unit}/s", "error": errors[name]}
 
 
-# %% book/14-bench.md, exported cell 8 (cacac28e)
+# %% book/14-bench.md, exported cell 11 (cacac28e)
 def processor() -> str:
     """The name of the GPU, or of the CPU and how many threads work on it."""
     if torch.cuda.is_available():
@@ -253,15 +254,15 @@ def machine() -> dict[str, Any]:
     return {"date": today, "machine": processor(), "versions": versions | {"nanolm": __version__}}
 
 
-# %% book/14-bench.md, exported cell 9 (12443b16)
+# %% book/14-bench.md, exported cell 12 (3a9613b3)
 def table(rows: list[Row]) -> str:
-    """Rows that share a title as text, 80 columns wide but for the reasons of the skipped."""
+    """Rows that share a title as text, 80 columns wide where numbers and reasons are short."""
     lines = [rows[0]["title"]]
     for work, group in groupby(rows, key=lambda row: row["work"]):
-        head = f"  {work:22}{'median us':>11}{'p10 .. p90':>20}{'ratio':>8}"
+        head = f"  {work:22}{'median us':>11}{'p10 .. p90':>21}{'ratio':>8}"
         found = list(group)
         unit = next((row["unit"] for row in found if "unit" in row), "")
-        lines.append(f"{head}{unit:>9}{'error':>8}" if unit else f"  {work}")
+        lines.append(f"{head}{unit:>9}{'error':>7}" if unit else f"  {work}")
         lines += map(table_line, found)
     return "\n".join(lines)
 
@@ -270,10 +271,10 @@ def table_line(row: Row) -> str:
     """One row of a table."""
     if "skipped" in row:
         return f"  {row['contestant']:22} skipped: {row['skipped']}"
-    spread = f"{row['p10_us']:,.1f} .. {row['p90_us']:,.1f}"
+    median, low, high = (f"{row[f'{key}_us']:,.1f}" for key in ("median", "p10", "p90"))
     ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
-    numbers = f"{row['median_us']:>11,.1f}{spread:>20}{ratio:>8}{row['rate']:>9.3g}"
-    return f"  {row['contestant']:22}{numbers}{row['error']:>8.0e}"
+    numbers = f"{median:>11} {f'{low} .. {high}':>20}{ratio:>8}{row['rate']:>9.3g}"
+    return f"  {row['contestant']:22}{numbers}{row['error']:>7.0e}"
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -288,7 +289,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n\n".join([headline(result), *tables])
 
 
-# %% book/14-bench.md, exported cell 10 (da8c6dc6)
+# %% book/14-bench.md, exported cell 13 (da8c6dc6)
 class AttentionShape(NamedTuple):
     """Queries (B, H, T, D), keys and values (B, H_kv, T, D)."""
 
@@ -318,7 +319,7 @@ class AttentionShape(NamedTuple):
         return forward * (1 if work == "forward" else 3.5)
 
 
-# %% book/14-bench.md, exported cell 11 (ba26c909)
+# %% book/14-bench.md, exported cell 14 (ba26c909)
 def demand_room(q: Tensor) -> None:
     """Raise MemoryError if the scores of q (B, H, T, D) with T keys cannot fit the GPU."""
     if q.is_cuda:
@@ -340,7 +341,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return (scores.softmax(-1) @ v.unsqueeze(2)).flatten(1, 2)
 
 
-# %% book/14-bench.md, exported cell 12 (29c237fb)
+# %% book/14-bench.md, exported cell 15 (29c237fb)
 def our_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """The kernel of this book."""
     from nanolm.flash import flash_attention
@@ -374,7 +375,7 @@ ATTENTION: dict[str, Callable[..., Tensor]] = {
 }
 
 
-# %% book/14-bench.md, exported cell 13 (3f57e57a)
+# %% book/14-bench.md, exported cell 16 (089f72a9)
 WORKS = ("forward", "forward+backward")
 TOLERANCES = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}
 CPU_SHAPES = ("2,8,2,256,32",)
@@ -394,6 +395,7 @@ def attend_once(
     return (out.detach(), *torch.autograd.grad(out, (q, k, v), grad))
 
 
+# %% book/14-bench.md, exported cell 17 (7a42fec8)
 def attention_inputs(
     shape: AttentionShape, dtype: torch.dtype, device: str
 ) -> list[tuple[Tensor, ...]]:
@@ -407,18 +409,19 @@ def attention_inputs(
     return [tuple(new(size, requires_grad=True) for size in sizes) for _ in range(count)]
 
 
-# %% book/14-bench.md, exported cell 14 (a4ec3708)
+# %% book/14-bench.md, exported cell 18 (2d911e05)
 def bench_attention(
     shape: Iterable[str | Iterable[int]] = (), *, dtype: str = "", causal: bool = True,
-    repeats: int = 50, device: str = "", contestants: dict[str, Callable] = ATTENTION,
+    repeats: int | None = None, device: str = "", contestants: dict[str, Callable] = ATTENTION,
 ) -> Iterator[Row]:  # fmt: skip
     """Attention beside its peers: a row for each shape, work and contestant.
 
-    `shape` holds "B,H,H_kv,T,D" or five numbers each; `dtype` is bfloat16 on a GPU and float32 on
-    a CPU unless given. Contestants are functions of q, k, v and `causal`.
+    `shape` holds "B,H,H_kv,T,D" or five numbers each. Unless given, `dtype` is bfloat16 and
+    `repeats` 50 on a GPU, float32 and 20 on a CPU. Contestants take q, k, v and `causal`.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    repeats = (50 if device == "cuda" else 20) if repeats is None else repeats
     if dtype not in TOLERANCES:
         raise ValueError(f"{dtype} is not among the dtypes: {', '.join(TOLERANCES)}")
     default = GPU_SHAPES if device == "cuda" else CPU_SHAPES
