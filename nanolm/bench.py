@@ -58,10 +58,8 @@ def enough_calls(function: Callable, clock: Clock, span: float) -> int:
     return calls
 
 
-# %% book/14-bench.md, exported cell 2 (a0e245af)
-def stopwatch(
-    function: Callable, clock: Clock = time.perf_counter, span: float = 5e-4
-) -> Sampler:  # fmt: skip
+# %% book/14-bench.md, exported cell 2 (b2eef0ff)
+def stopwatch(function: Callable, clock: Clock = time.perf_counter, span: float = 5e-4) -> Sampler:
     """A sampler that times a batch of calls, long enough for the clock (seconds a call)."""
     calls = enough_calls(function, clock, span)
 
@@ -233,9 +231,9 @@ def contest(
         yield row | {"rate": amount / took.median, "unit": f"{unit}/s", "error": errors[name]}
 
 
-# %% book/14-bench.md, exported cell 11 (cacac28e)
+# %% book/14-bench.md, exported cell 11 (19c7d319)
 def processor() -> str:
-    """The name of the GPU, or of the CPU and how many threads work on it."""
+    """The name of the GPU; without one, of the CPU, and how many threads work on it."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
