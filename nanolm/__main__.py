@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: c41489f4
+# The seal of all that stands in no cell: 2bf28469
 """`nanolm.__main__`, derived in the book, where each line has its reason:
 
 - book/16-command-line.md: The command line
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import json
 import os
@@ -19,8 +20,10 @@ import shlex
 import sys
 import typing
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
+from nanolm.bench import CASES, headline, machine, table
 from nanolm.data import TokenData, prepare, read_documents
 from nanolm.model import PRESETS, ModelConfig
 from nanolm.sample import SampleConfig, generate, stream
@@ -278,7 +281,34 @@ def plot_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 8 (30249727)
+# %% book/16-command-line.md, exported cell 8 (a3cc0305)
+def writable(path: str) -> Path:
+    """The path of a file that can be written, or an OSError."""
+    place = Path(path)
+    if place.is_dir() or not os.access(place if place.exists() else place.parent, os.W_OK):
+        raise OSError(f"{path} cannot be written: give a file in a folder that is there")
+    return place
+
+
+def bench_command(args: argparse.Namespace) -> int:
+    """`nanolm bench`: time our code beside its peers, side by side on this machine."""
+    place, case = writable(args.json) if args.json else None, CASES[args.case]
+    known = inspect.signature(case).parameters
+    options = {k: v for k, v in vars(args).items() if k in known and v is not None}
+    words = [word.replace(args.json, place.name) if place else word for word in args.words]
+    result = {"what": f"nanolm bench {args.case}", **machine(), "rows": []}
+    result["command"] = shlex.join(["nanolm", *words])
+    for _, rows in groupby(case(**options), key=lambda row: row["title"]):
+        found = list(rows)
+        print("" if result["rows"] else headline(result) + "\n", table(found), sep="\n", flush=True)
+        result["rows"] += found
+    if place:
+        place.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        say_aside(f"{place}: written")
+    return 0
+
+
+# %% book/16-command-line.md, exported cell 9 (b19b1efe)
 Command = Callable[[argparse.Namespace], int]
 SOURCES = 'files, folders, globs, "fables" or "hf:NAME"'
 
@@ -336,6 +366,19 @@ def build_parser() -> Parser:
     p.add_argument("sources", nargs="+", help=SOURCES)
     p.add_argument("--count", type=int, default=3, help="how many (default: 3)")
 
+    bench = command("bench", bench_command, "time our code beside its peers")
+    into = bench.add_subparsers(dest="case", required=True, metavar="CASE")
+    for name in CASES:
+        p = command(name, bench_command, f"the case {name}: times, ratios, errors", into)
+        p.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
+        p.add_argument("--repeats", type=int, help="samples of each (default: 50; CPU: 20)")
+        p.add_argument("--json", metavar="FILE", help="file to keep the result in")
+        if name == "attention":
+            words = "shapes B,H,H_KV,T,D (default: those of the book)"
+            p.add_argument("--shape", nargs="+", metavar="SHAPE", help=words)
+            p.add_argument("--causal", action="store_true", default=None, help="causal (default)")
+            p.add_argument("--full", action="store_false", dest="causal", help="no mask")
+
     p = command("plot", plot_command, "draw the loss curves of runs")
     p.add_argument("runs", nargs="+", help="folders of runs")
     p.add_argument("--out", help="PNG to write (default: curve.png in the first run)")
@@ -348,6 +391,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(output, io.TextIOWrapper):  # a terminal of few letters shows ? for the rest
             output.reconfigure(errors="replace")
     args = build_parser().parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
     return guarded(lambda: args.run_command(args))
 
 
