@@ -71,7 +71,7 @@ def tiled_forward(
     return out, (top + total.log2()).flatten(1, 2).squeeze(-1)
 
 
-# %% book/06-flash.md, exported cell 3 (c48d4da1)
+# %% book/06-flash.md, exported cell 3 (cfe20715)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -82,9 +82,13 @@ def addresses(
     """Where heads h.. and positions t.. of X lie, (HEADS * STEPS, D), and which of them exist."""
     stride_b, stride_h, stride_t = strides
     row = tl.arange(0, HEADS * STEPS)
-    head, step = (h + row // STEPS).to(tl.int64), (t + row % STEPS).to(tl.int64)
-    start = X + b.to(tl.int64) * stride_b + head * stride_h + step * stride_t
-    return start[:, None] + tl.arange(0, D)[None, :], (t + row % STEPS < length)[:, None]
+    start = X + tl.cast(b, tl.int64) * stride_b
+    start += tl.cast(h, tl.int64) * stride_h + tl.cast(t, tl.int64) * stride_t
+    offset = row % STEPS * stride_t
+    if HEADS > 1:
+        offset += (row // STEPS).to(tl.int64) * stride_h
+    at = start + offset[:, None] + tl.arange(0, D)[None, :]
+    return at, (t + row % STEPS < length)[:, None]
 
 
 @triton.jit
@@ -109,14 +113,14 @@ def store_tile(
     tl.store(at, tile.to(X.dtype.element_ty), mask=exists)
 
 
-# %% book/06-flash.md, exported cell 4 (7b2c1278)
+# %% book/06-flash.md, exported cell 4 (09737cad)
 @triton.jit
 def row_addresses(X, strides, b, h, t, length, HEADS: tl.constexpr, STEPS: tl.constexpr):
     """As `addresses`, for a tensor (B, H, T) with one number a row."""
     stride_b, stride_h = strides
     row = tl.arange(0, HEADS * STEPS)
-    start = X + b.to(tl.int64) * stride_b + (h + row // STEPS).to(tl.int64) * stride_h
-    return start + t + row % STEPS, t + row % STEPS < length
+    start = X + tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h + t
+    return start + (row // STEPS * stride_h + row % STEPS), t + row % STEPS < length
 
 
 @triton.jit
@@ -141,17 +145,14 @@ def sight(t, T, S, HEADS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexp
         return step * 0 + S - 1, S - 1, S
 
 
-# %% book/06-flash.md, exported cell 5 (e7770d94)
+# %% book/06-flash.md, exported cell 5 (5e496b59)
 @triton.jit
-def careful_step(acc, total, top, q, k, v, n, last, scale, PRECISION: tl.constexpr):
-    """One tile of keys from n on, masked, added to the running softmax of each row."""
+def careful_weights(q, k, n, last, top, scale, PRECISION: tl.constexpr):
+    """Weights of a tile of keys from n on, masked; their maximum so far; how the old ones shrink."""
     s = tl.dot(q, k.T, input_precision=PRECISION)  # (ROWS, COLS)
     s = tl.where(n + tl.arange(0, k.shape[0])[None, :] <= last[:, None], s, -float("inf"))
     m = tl.maximum(top, tl.max(s, 1) * scale)
-    p = tl.math.exp2(s * scale - m[:, None])
-    shrink = tl.math.exp2(top - m)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, total * shrink + tl.sum(p, 1), m
+    return tl.math.exp2(s * scale - m[:, None]), m, tl.math.exp2(top - m)
 
 
 @triton.jit
@@ -177,14 +178,16 @@ def forward_kernel(
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     for n in tl.range(middle, end, COLS):
         k = load_tile(K, k_strides, b, h // GROUP, n, S, 1, COLS, D, BOX)
+        p, top, shrink = careful_weights(q, k, n, last, top, scale, PRECISION)
+        total = total * shrink + tl.sum(p, 1)
         v = load_tile(V, v_strides, b, h // GROUP, n, S, 1, COLS, D, BOX)
-        acc, total, top = careful_step(acc, total, top, q, k, v, n, last, scale, PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     sums = tl.zeros((ROWS, 16), tl.float32)
     for n in tl.range(0, middle, COLS):
         k = load_tile(K, k_strides, b, h // GROUP, n, S, 1, COLS, D, BOX)
-        v = load_tile(V, v_strides, b, h // GROUP, n, S, 1, COLS, D, BOX)
         s = tl.dot(q, k.T, input_precision=PRECISION)
         p = tl.math.exp2(s * scale - top[:, None])  # top is a guess now
+        v = load_tile(V, v_strides, b, h // GROUP, n, S, 1, COLS, D, BOX)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         if ONES:
             sums = tl.dot(p.to(v.dtype), tl.full((COLS, 16), 1.0, v.dtype), sums)
@@ -198,14 +201,21 @@ def forward_kernel(
         top = tl.full((ROWS,), -float("inf"), tl.float32)
         for n in tl.range(0, end, COLS, num_stages=1):
             k = load_tile(K, k_strides, b, h // GROUP, n, S, 1, COLS, D, BOX)
+            p, top, shrink = careful_weights(q, k, n, last, top, scale, PRECISION)
+            total = total * shrink + tl.sum(p, 1)
             v = load_tile(V, v_strides, b, h // GROUP, n, S, 1, COLS, D, BOX)
-            acc, total, top = careful_step(acc, total, top, q, k, v, n, last, scale, PRECISION)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     store_tile(O, o_strides, b, h, t, T, acc * (1.0 / total)[:, None], HEADS, STEPS, D)
     at, exists = row_addresses(LSE, lse_strides, b, h, t, T, HEADS, STEPS)
     tl.store(at, top + tl.math.log2(total), mask=exists)
 
 
-# %% book/06-flash.md, exported cell 6 (a38b6c2e)
+# %% book/06-flash.md, exported cell 6 (f4ad1ffc)
+def packed_heads(q: Tensor, k: Tensor) -> int:
+    """How many query heads share a tile: a power of two, up to 8, that divides their group."""
+    return math.gcd(q.size(1) // k.size(1), 8)
+
+
 class Tiles(NamedTuple):
     """The shape of a kernel's tiles: rows (queries), columns (keys); and how it is launched."""
 
@@ -217,7 +227,7 @@ class Tiles(NamedTuple):
 
 
 LONG = 1024  # queries from which the tiles of long texts pay
-HOPPER = {  # by kernel, channels of a head, and whether the text is long
+HOPPER = {  # by kernel, channels of a head, and whether the case is special: see choose_tiles
     ("forward", 32, False): Tiles(128, 32, 4, 3),
     ("forward", 64, False): Tiles(64, 64, 4, 2, True),
     ("forward", 64, True): Tiles(128, 64, 8, 3, True),
@@ -226,16 +236,18 @@ HOPPER = {  # by kernel, channels of a head, and whether the text is long
     ("dq", 64, False): Tiles(64, 64, 4, 2, True),
     ("dq", 64, True): Tiles(128, 64, 8, 3, True),
     ("dq", 128, False): Tiles(128, 64, 8, 3, True),
-    ("dkdv", 32, False): Tiles(128, 64, 4, 3, True),
+    ("dkdv", 32, False): Tiles(64, 64, 4, 3, True),
+    ("dkdv", 32, True): Tiles(128, 64, 4, 3),
     ("dkdv", 64, False): Tiles(64, 64, 4, 3, True),
-    ("dkdv", 128, False): Tiles(64, 64, 8, 2, True),
+    ("dkdv", 128, False): Tiles(32, 64, 4, 3, True),
+    ("dkdv", 128, True): Tiles(64, 128, 8, 3, True),
 }
 OTHERS = {
     ("forward", 32): Tiles(64, 32, 4, 2),
     ("forward", 64): Tiles(64, 32, 4, 2),
-    ("forward", 128): Tiles(64, 32, 4, 2),
+    ("forward", 128): Tiles(64, 64, 8, 2),
     ("dq", 32): Tiles(64, 64, 4, 2),
-    ("dq", 64): Tiles(64, 64, 4, 2),
+    ("dq", 64): Tiles(32, 64, 4, 2),
     ("dq", 128): Tiles(64, 64, 8, 2),
     ("dkdv", 32): Tiles(64, 64, 4, 2),
     ("dkdv", 64): Tiles(32, 64, 4, 2),
@@ -243,18 +255,23 @@ OTHERS = {
 }
 
 
-def choose_tiles(kernel: str, q: Tensor) -> Tiles:
-    """The tiles of "forward", "dq" or "dkdv" for queries (B, H, T, D), on the card in use."""
+def choose_tiles(kernel: str, q: Tensor, k: Tensor, causal: bool) -> Tiles:
+    """The tiles of "forward", "dq" or "dkdv" for such queries and keys, on the card in use.
+
+    On Hopper a long text is special, and for "dkdv" a causal mask with four heads to a tile: its
+    program needs fewer registers.
+    """
     width = max(q.size(-1), 32)
     if q.dtype == torch.float32:  # no tensor cores at full precision: small tiles
         return Tiles(32, 32, 4 if width < 128 else 8, 2)
     if interpreting() or triton.runtime.driver.active.get_current_target().arch != 90:
         return OTHERS[kernel, width]
-    long = (kernel, width, q.size(2) >= LONG)
-    return HOPPER[long if long in HOPPER else (kernel, width, False)]
+    four = causal and packed_heads(q, k) == 4
+    special = (kernel, width, four if kernel == "dkdv" else q.size(2) >= LONG)
+    return HOPPER.get(special, HOPPER[kernel, width, False])
 
 
-# %% book/06-flash.md, exported cell 7 (ca3cda2e)
+# %% book/06-flash.md, exported cell 7 (d2ca90a0)
 def new_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """Room for the output (B, H, T, D) and the log-sum-exp (B, H, T) of queries q."""
     B, H, T, D = q.shape
@@ -279,11 +296,10 @@ def boxes(tiles: Tiles, box: list[int], *tensors: Tensor) -> list[Any]:
 
 
 def settings(q: Tensor, k: Tensor, causal: bool, tiles: Tiles) -> dict[str, Any]:
-    """What all three kernels are compiled for. Up to 8 query heads of a group share a tile."""
+    """What all three kernels are compiled for; the interpreter is made ready on the way."""
     if interpreting():
         repair_bfloat16()
-    group = q.size(1) // k.size(1)
-    heads = math.gcd(group, 8)
+    group, heads = q.size(1) // k.size(1), packed_heads(q, k)
     known = {"GROUP": group, "HEADS": heads, "D": q.size(-1), "CAUSAL": causal}
     return known | tiles._asdict() | {"PRECISION": "ieee"}
 
@@ -293,12 +309,12 @@ def steps(*tensors: Tensor) -> list[tuple[int, ...]]:
     return [x.stride()[:-1] for x in tensors]
 
 
-# %% book/06-flash.md, exported cell 8 (af43d07d)
+# %% book/06-flash.md, exported cell 8 (d48b82e1)
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
     """What `tiled_forward` computes, by the kernel. The tensors are on a GPU, or interpreted."""
-    tiles = tiles or choose_tiles("forward", q)
+    tiles = tiles or choose_tiles("forward", q, k, causal)
     q, k, v = map(dense, (q, k, v))
     (B, H, T, D), S = q.shape, k.size(2)
     known = settings(q, k, causal, tiles)
@@ -389,7 +405,7 @@ def dq_kernel(
     store_tile(DQ, dq_strides, b, h, t, T, dq * scale, HEADS, STEPS, D)
 
 
-# %% book/06-flash.md, exported cell 11 (1890a1cf)
+# %% book/06-flash.md, exported cell 11 (514d0456)
 @triton.jit
 def dkdv_kernel(
     Q, K, V, GRAD, LSE, DELTA, DK, DV,
@@ -411,28 +427,27 @@ def dkdv_kernel(
     first = 0
     if CAUSAL:
         first = tl.maximum(n - (S - T), 0) // STEPS * STEPS
-    count = tl.cdiv(T - first, STEPS)
-    for i in tl.range(0, GROUP // HEADS * count):  # one loop over heads and positions
-        h = h_kv * GROUP + i // count * HEADS
-        t = first + i % count * STEPS
-        q = load_tile(Q, q_strides, b, h, t, T, HEADS, STEPS, D, BOX)
-        grad = load_tile(GRAD, grad_strides, b, h, t, T, HEADS, STEPS, D, BOX)
-        lse = load_rows(LSE, lse_strides, b, h, t, T, HEADS, STEPS, BOX)
-        delta = load_rows(DELTA, lse_strides, b, h, t, T, HEADS, STEPS, BOX)
-        s = tl.dot(k, q.T, input_precision=PRECISION)  # (COLS, ROWS)
-        dp = tl.dot(v, grad.T, input_precision=PRECISION)
-        p = tl.math.exp2(s * (scale * LOG2_E) - lse[None, :])
-        if CAUSAL:
-            last = t + tl.arange(0, ROWS) % STEPS + S - T
-            p = tl.where((n + tl.arange(0, COLS))[:, None] <= last[None, :], p, 0.0)
-        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    for g in tl.static_range(GROUP // HEADS):
+        h = h_kv * GROUP + g * HEADS
+        for t in tl.range(first, T, STEPS):
+            q = load_tile(Q, q_strides, b, h, t, T, HEADS, STEPS, D, BOX)
+            grad = load_tile(GRAD, grad_strides, b, h, t, T, HEADS, STEPS, D, BOX)
+            lse = load_rows(LSE, lse_strides, b, h, t, T, HEADS, STEPS, BOX)
+            delta = load_rows(DELTA, lse_strides, b, h, t, T, HEADS, STEPS, BOX)
+            s = tl.dot(k, q.T, input_precision=PRECISION)  # (COLS, ROWS)
+            dp = tl.dot(v, grad.T, input_precision=PRECISION)
+            p = tl.math.exp2(s * (scale * LOG2_E) - lse[None, :])
+            if CAUSAL:
+                last = t + tl.arange(0, ROWS) % STEPS + S - T
+                p = tl.where((n + tl.arange(0, COLS))[:, None] <= last[None, :], p, 0.0)
+            dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     store_tile(DK, dk_strides, b, h_kv, n, S, dk * scale, 1, COLS, D)
     store_tile(DV, dv_strides, b, h_kv, n, S, dv, 1, COLS, D)
 
 
-# %% book/06-flash.md, exported cell 12 (815aff39)
+# %% book/06-flash.md, exported cell 12 (2f2568d1)
 def launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
@@ -444,14 +459,14 @@ def launch_backward(
     (B, H, T, D), S = q.shape, k.size(2)
     _, delta = new_outputs(q)
     shape = B, H, T, S, scale
-    tiles = dq_tiles or choose_tiles("dq", q)
+    tiles = dq_tiles or choose_tiles("dq", q, k, causal)
     known = settings(q, k, causal, tiles)
     K, V = boxes(tiles, [1, 1, tiles.COLS, D], k, v)
     programs = triton.cdiv(T, tiles.ROWS // known["HEADS"]) * B * (H // known["HEADS"])
     dq_kernel[(programs,)](
         q, K, V, out, grad, lse, delta, dq, *steps(q, k, v, out, grad, lse, dq), *shape, **known
     )
-    tiles = dkdv_tiles or choose_tiles("dkdv", q)
+    tiles = dkdv_tiles or choose_tiles("dkdv", q, k, causal)
     known = settings(q, k, causal, tiles)
     box = [1, known["HEADS"], tiles.ROWS // known["HEADS"], D]
     Q, GRAD, LSE, DELTA = boxes(tiles, box, q, grad, lse, delta)

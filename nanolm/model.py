@@ -79,7 +79,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
-# %% book/04-attention.md, exported cell 1 (bae9e0d8)
+# %% book/04-attention.md, exported cell 1 (5bd93e8e)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None
 ) -> Tensor:
@@ -95,6 +95,11 @@ def attention(
     T, S = q.size(2), k.size(2)
     if causal and T > S:
         raise ValueError(f"causal attention needs a key for every query: {T} queries, {S} keys")
+    if q.is_cuda and q.dtype == k.dtype == v.dtype:
+        from nanolm.flash import flash_attention, has_kernel  # Triton: only where it is of use
+
+        if has_kernel(q):
+            return flash_attention(q, k, v, causal=causal, scale=scale)
     mask = None
     if causal and 1 < T < S:  # new positions behind a cache: key s is seen when s <= t + S - T
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
