@@ -313,11 +313,16 @@ def channels_apart(x):
     return x.mT.contiguous().mT
 
 
+def every_other_channel(x):
+    return torch.stack([x, x * math.nan], -1).flatten(-2)[..., ::2]
+
+
 def repeated(x):
     return x[:, :, :1].expand(x.shape)
 
 
-LAYOUTS = [heads_beside, misaligned, cached, part_of_channels, odd_rows, repeated, channels_apart]
+LAYOUTS = [heads_beside, misaligned, cached, part_of_channels, odd_rows, repeated]
+LAYOUTS += [channels_apart, every_other_channel]
 
 
 @with_kernels
