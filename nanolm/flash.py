@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: c8ce3e10
+# The seal of all that stands in no cell: 7d796060
 """`nanolm.flash`, derived in the book, where each line has its reason:
 
 - book/06-flash.md: Flash attention
@@ -8,6 +8,7 @@ with `python -m nanolm.tangle --update`.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,19 +24,16 @@ __all__ = [
 ]
 
 
-# %% book/06-flash.md, exported cell 1 (e469dfe2)
-Slices = list[tuple[slice, slice, Tensor]]
-
-
-def key_tiles(T: int, S: int, tile: int, causal: bool, device: torch.device) -> Slices:
-    """For each tile of keys: its columns, the rows that see any of it, and which see which."""
-    found: Slices = []
+# %% book/06-flash.md, exported cell 1 (b256fce9)
+def key_tiles(
+    T: int, S: int, tile: int, causal: bool, device: torch.device
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """For each tile of keys: the rows that see any of it, its columns, and which see which."""
     for n in range(0, S, tile):
         rows = slice(max(0, n - (S - T)) if causal else 0, T)
         cols = slice(n, min(n + tile, S))
         sees = torch.ones(T - rows.start, cols.stop - n, dtype=torch.bool, device=device)
-        found.append((rows, cols, sees.tril(rows.start + S - T - n) if causal else sees))
-    return found
+        yield rows, cols, sees.tril(rows.start + S - T - n) if causal else sees
 
 
 def widened(group: int, *tensors: Tensor) -> list[Tensor]:
@@ -71,8 +69,9 @@ def tiled_forward(
     return out, (top + total.log2()).flatten(1, 2).squeeze(-1)
 
 
-# %% book/06-flash.md, exported cell 3 (cfe20715)
+# %% book/06-flash.md, exported cell 3 (1721bf49)
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e38)  # where maxima start: minus infinity less itself is not a number
 
 
 @triton.jit
@@ -84,7 +83,7 @@ def addresses(
     row = tl.arange(0, HEADS * STEPS)
     start = X + tl.cast(b, tl.int64) * stride_b
     start += tl.cast(h, tl.int64) * stride_h + tl.cast(t, tl.int64) * stride_t
-    offset = row % STEPS * stride_t
+    offset = row % STEPS * stride_t  # within a tile 32 bits will do: see `dense`
     if HEADS > 1:
         offset += (row // STEPS).to(tl.int64) * stride_h
     at = start + offset[:, None] + tl.arange(0, D)[None, :]
@@ -145,10 +144,10 @@ def sight(t, T, S, HEADS: tl.constexpr, STEPS: tl.constexpr, CAUSAL: tl.constexp
         return step * 0 + S - 1, S - 1, S
 
 
-# %% book/06-flash.md, exported cell 5 (5e496b59)
+# %% book/06-flash.md, exported cell 5 (284cd895)
 @triton.jit
 def careful_weights(q, k, n, last, top, scale, PRECISION: tl.constexpr):
-    """Weights of a tile of keys from n on, masked; their maximum so far; how the old ones shrink."""
+    """Weights of a tile of keys from n on, masked; the new maximum; how old weights shrink."""
     s = tl.dot(q, k.T, input_precision=PRECISION)  # (ROWS, COLS)
     s = tl.where(n + tl.arange(0, k.shape[0])[None, :] <= last[:, None], s, -float("inf"))
     m = tl.maximum(top, tl.max(s, 1) * scale)
@@ -157,7 +156,7 @@ def careful_weights(q, k, n, last, top, scale, PRECISION: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, O, LSE, q_strides, k_strides, v_strides, o_strides, lse_strides,
+    Q, K, V, OUT, LSE, q_strides, k_strides, v_strides, out_strides, lse_strides,
     B, H, T, S, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, BOX: tl.constexpr,
@@ -175,7 +174,7 @@ def forward_kernel(
     scale *= LOG2_E
     acc = tl.zeros((ROWS, D), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    top = tl.full((ROWS,), LOWEST, tl.float32)
     for n in tl.range(middle, end, COLS):
         k = load_tile(K, k_strides, b, h // GROUP, n, S, 1, COLS, D, BOX)
         p, top, shrink = careful_weights(q, k, n, last, top, scale, PRECISION)
@@ -198,14 +197,14 @@ def forward_kernel(
     if not (tl.max(total, 0) < LIMIT):  # a bad guess: once more, carefully
         acc = tl.zeros((ROWS, D), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        top = tl.full((ROWS,), -float("inf"), tl.float32)
+        top = tl.full((ROWS,), LOWEST, tl.float32)
         for n in tl.range(0, end, COLS, num_stages=1):
             k = load_tile(K, k_strides, b, h // GROUP, n, S, 1, COLS, D, BOX)
             p, top, shrink = careful_weights(q, k, n, last, top, scale, PRECISION)
             total = total * shrink + tl.sum(p, 1)
             v = load_tile(V, v_strides, b, h // GROUP, n, S, 1, COLS, D, BOX)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    store_tile(O, o_strides, b, h, t, T, acc * (1.0 / total)[:, None], HEADS, STEPS, D)
+    store_tile(OUT, out_strides, b, h, t, T, acc * (1.0 / total)[:, None], HEADS, STEPS, D)
     at, exists = row_addresses(LSE, lse_strides, b, h, t, T, HEADS, STEPS)
     tl.store(at, top + tl.math.log2(total), mask=exists)
 
@@ -271,7 +270,7 @@ def choose_tiles(kernel: str, q: Tensor, k: Tensor, causal: bool) -> Tiles:
     return HOPPER.get(special, HOPPER[kernel, width, False])
 
 
-# %% book/06-flash.md, exported cell 7 (d2ca90a0)
+# %% book/06-flash.md, exported cell 7 (de17892e)
 def new_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """Room for the output (B, H, T, D) and the log-sum-exp (B, H, T) of queries q."""
     B, H, T, D = q.shape
@@ -280,10 +279,20 @@ def new_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(B, H, -(-T // 4) * 4, dtype=wide)[..., :T]  # rows of whole 16 bytes
 
 
+def room_for(x: Tensor) -> Tensor:
+    """An empty tensor like x, whose channels lie side by side."""
+    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 def dense(x: Tensor) -> Tensor:
-    """x, or a copy of it if kernels could not fetch its rows whole: misaligned, or repeated."""
-    aligned = x.data_ptr() % 16 == 0 and not any(s % 8 or s == 0 for s in x.stride()[:-1])
-    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    """x, or a copy of it if kernels could not fetch its rows whole: misaligned, or repeated.
+
+    Or if its positions lie so far apart that offsets within a tile of 128 need over 31 bits.
+    """
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in x.stride()[:-1])
+    if aligned and x.stride(-1) == 1 and x.stride(-2) < 2**24:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def boxes(tiles: Tiles, box: list[int], *tensors: Tensor) -> list[Any]:
@@ -309,23 +318,24 @@ def steps(*tensors: Tensor) -> list[tuple[int, ...]]:
     return [x.stride()[:-1] for x in tensors]
 
 
-# %% book/06-flash.md, exported cell 8 (d48b82e1)
+# %% book/06-flash.md, exported cell 8 (f6ae990b)
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
     """What `tiled_forward` computes, by the kernel. The tensors are on a GPU, or interpreted."""
-    tiles = tiles or choose_tiles("forward", q, k, causal)
-    q, k, v = map(dense, (q, k, v))
-    (B, H, T, D), S = q.shape, k.size(2)
-    known = settings(q, k, causal, tiles)
-    out, lse = new_outputs(q)
-    K, V = boxes(tiles, [1, 1, tiles.COLS, D], k, v)
-    programs = triton.cdiv(T, tiles.ROWS // known["HEADS"]) * B * (H // known["HEADS"])
-    forward_kernel[(programs,)](
-        q, K, V, out, lse, *steps(q, k, v, out, lse), B, H, T, S, scale,
-        ONES=q.dtype != torch.float32 and D <= 64,
-        LIMIT=2.0**15 if q.dtype == torch.float16 else 2.0**64, **known,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # which need not be the current one
+        tiles = tiles or choose_tiles("forward", q, k, causal)
+        q, k, v = map(dense, (q, k, v))
+        (B, H, T, D), S = q.shape, k.size(2)
+        known = settings(q, k, causal, tiles)
+        out, lse = new_outputs(q)
+        K, V = boxes(tiles, [1, 1, tiles.COLS, D], k, v)
+        programs = triton.cdiv(T, tiles.ROWS // known["HEADS"]) * B * (H // known["HEADS"])
+        forward_kernel[(programs,)](
+            q, K, V, out, lse, *steps(q, k, v, out, lse), B, H, T, S, scale,
+            ONES=q.dtype != torch.float32 and D <= 64,
+            LIMIT=2.0**15 if q.dtype == torch.float16 else 2.0**64, **known,
+        )  # fmt: skip
     return out, lse
 
 
@@ -355,7 +365,7 @@ def tiled_backward(
     return dq.flatten(1, 2).to(q.dtype), dk.flatten(1, 2).to(k.dtype), dv.flatten(1, 2).to(v.dtype)
 
 
-# %% book/06-flash.md, exported cell 10 (e76188f0)
+# %% book/06-flash.md, exported cell 10 (93b900d9)
 @triton.jit
 def dq_step(
     dq, q, grad, lse, delta, k, v, n, last, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
@@ -372,8 +382,8 @@ def dq_step(
 
 @triton.jit
 def dq_kernel(
-    Q, K, V, O, GRAD, LSE, DELTA, DQ,
-    q_strides, k_strides, v_strides, o_strides, grad_strides, lse_strides, dq_strides,
+    Q, K, V, OUT, GRAD, LSE, DELTA, DQ,
+    q_strides, k_strides, v_strides, out_strides, grad_strides, lse_strides, dq_strides,
     B, H, T, S, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, BOX: tl.constexpr, PRECISION: tl.constexpr,
@@ -385,7 +395,7 @@ def dq_kernel(
     b = tl.program_id(0) % places // (H // HEADS)
     h = tl.program_id(0) % places % (H // HEADS) * HEADS
     q = load_tile(Q, q_strides, b, h, t, T, HEADS, STEPS, D, False)
-    out = load_tile(O, o_strides, b, h, t, T, HEADS, STEPS, D, False)
+    out = load_tile(OUT, out_strides, b, h, t, T, HEADS, STEPS, D, False)
     grad = load_tile(GRAD, grad_strides, b, h, t, T, HEADS, STEPS, D, False)
     lse = load_rows(LSE, lse_strides, b, h, t, T, HEADS, STEPS, False)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
@@ -447,37 +457,38 @@ def dkdv_kernel(
     store_tile(DV, dv_strides, b, h_kv, n, S, dv, 1, COLS, D)
 
 
-# %% book/06-flash.md, exported cell 12 (2f2568d1)
+# %% book/06-flash.md, exported cell 12 (1f7857dd)
 def launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
     dq_tiles: Tiles | None = None, dkdv_tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What `tiled_backward` computes, by the kernels, with what `launch_forward` gave."""
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dq, dk, dv = map(room_for, (q, k, v))
     grad, q, k, v = map(dense, (grad, q, k, v))
     (B, H, T, D), S = q.shape, k.size(2)
     _, delta = new_outputs(q)
     shape = B, H, T, S, scale
-    tiles = dq_tiles or choose_tiles("dq", q, k, causal)
-    known = settings(q, k, causal, tiles)
-    K, V = boxes(tiles, [1, 1, tiles.COLS, D], k, v)
-    programs = triton.cdiv(T, tiles.ROWS // known["HEADS"]) * B * (H // known["HEADS"])
-    dq_kernel[(programs,)](
-        q, K, V, out, grad, lse, delta, dq, *steps(q, k, v, out, grad, lse, dq), *shape, **known
-    )
-    tiles = dkdv_tiles or choose_tiles("dkdv", q, k, causal)
-    known = settings(q, k, causal, tiles)
-    box = [1, known["HEADS"], tiles.ROWS // known["HEADS"], D]
-    Q, GRAD, LSE, DELTA = boxes(tiles, box, q, grad, lse, delta)
-    programs = triton.cdiv(S, tiles.COLS) * B * k.size(1)
-    dkdv_kernel[(programs,)](
-        Q, k, v, GRAD, LSE, DELTA, dk, dv, *steps(q, k, v, grad, lse, dk, dv), *shape, **known
-    )
+    with torch.cuda.device_of(q):
+        tiles = dq_tiles or choose_tiles("dq", q, k, causal)
+        known = settings(q, k, causal, tiles)
+        K, V = boxes(tiles, [1, 1, tiles.COLS, D], k, v)
+        programs = triton.cdiv(T, tiles.ROWS // known["HEADS"]) * B * (H // known["HEADS"])
+        dq_kernel[(programs,)](
+            q, K, V, out, grad, lse, delta, dq, *steps(q, k, v, out, grad, lse, dq), *shape, **known
+        )
+        tiles = dkdv_tiles or choose_tiles("dkdv", q, k, causal)
+        known = settings(q, k, causal, tiles)
+        box = [1, known["HEADS"], tiles.ROWS // known["HEADS"], D]
+        Q, GRAD, LSE, DELTA = boxes(tiles, box, q, grad, lse, delta)
+        programs = triton.cdiv(S, tiles.COLS) * B * k.size(1)
+        dkdv_kernel[(programs,)](
+            Q, k, v, GRAD, LSE, DELTA, dk, dv, *steps(q, k, v, grad, lse, dk, dv), *shape, **known
+        )
     return dq, dk, dv
 
 
-# %% book/06-flash.md, exported cell 13 (3657919e)
+# %% book/06-flash.md, exported cell 13 (70bbc02a)
 WIDTHS = (16, 32, 64, 128)  # channels of a head that the kernels take
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -516,7 +527,7 @@ def flash_backward(
     """The gradients of q, k and v."""
     if has_kernel(q):
         return launch_backward(grad, q, k, v, out, lse, causal, scale)
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dq, dk, dv = map(room_for, (q, k, v))
     found = tiled_backward(grad, q, k, v, out, lse, causal, scale)
     for room, gradient in zip((dq, dk, dv), found, strict=True):
         room.copy_(gradient)
@@ -529,7 +540,7 @@ def backward_shapes(
     causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The results of `flash_backward`, without their values."""
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return room_for(q), room_for(k), room_for(v)
 
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -547,22 +558,28 @@ def way_back(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 LINKED = flash_forward.register_autograd(way_back, setup_context=remember)
 
 
-# %% book/06-flash.md, exported cell 14 (6be8ed66)
-def check(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> None:
+# %% book/06-flash.md, exported cell 14 (44bda8b3)
+def shapes_of(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The shapes of the three, for an error."""
+    return ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip("qkv", (q, k, v), strict=True))
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> None:
     """Raise ValueError, with what is wrong, for what cannot be attended to."""
-    shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip("qkv", (q, k, v), strict=True))
-    if any(x.dim() != 4 for x in (q, k, v)) or k.shape != v.shape:
-        raise ValueError(f"q must be (B, H, T, D), k and v alike (B, H_kv, S, D), not {shapes}")
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        need = "q must be (B, H, T, D), k and v alike (B, H_kv, S, D)"
+        raise ValueError(f"{need}, not {shapes_of(q, k, v)}")
     if q.size(0) != k.size(0) or q.size(3) != k.size(3) or not q.numel() or not k.numel():
-        raise ValueError(f"batch and channels must agree, and nothing be empty: {shapes}")
+        need = "batch and channels must agree, and nothing be empty"
+        raise ValueError(f"{need}: {shapes_of(q, k, v)}")
     if q.size(1) % k.size(1):
         raise ValueError(f"{q.size(1)} query heads cannot share {k.size(1)} key heads evenly")
     if causal and q.size(2) > k.size(2):
         need = "causal attention needs a key for every query"
         raise ValueError(f"{need}: {q.size(2)} queries, {k.size(2)} keys")
-    if not 0 < scale < math.inf:
+    if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, not {scale}")
-    if len({(x.dtype, x.device) for x in (q, k, v)}) > 1:
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise ValueError(f"q, k and v must be of one type, on one device, not {kinds}")
     if not q.is_floating_point() or q.is_cuda and has_triton() and not has_kernel(q):
@@ -582,7 +599,7 @@ def flash_attention(
     D of 16, 32, 64 or 128, the same bits every time. Elsewhere: plain PyTorch, any D. Raises
     ValueError for shapes, types or scales that cannot be.
     """
-    scale = q.size(-1) ** -0.5 if scale is None else scale
     check(q, k, v, causal, scale)
+    scale = q.size(-1) ** -0.5 if scale is None else scale
     out, _ = flash_forward(q, k, v, causal, scale)
     return out

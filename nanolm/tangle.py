@@ -190,7 +190,7 @@ def read(book: Book, path: Path, text: str = "") -> Chapter:
     return Chapter(path, name, text, headings[:2][-1], module, cells, notebook)
 
 
-# %% book/17-tangle.md, exported cell 6 (0e905927)
+# %% book/17-tangle.md, exported cell 6 (ee69e6e4)
 CONSTANT = re.compile(r"[A-Z_][A-Z0-9_]+\b")
 
 
@@ -221,14 +221,14 @@ def order(name: str) -> tuple[bool, bool, str, str]:
     return not CONSTANT.match(name), name[0].islower(), name.lower(), name
 
 
-def from_lines(module: str, names: set[str]) -> str:
+def from_lines(module: str, names: set[str], width: int = 100) -> str:
     """`from module import ...`: plain names on one line, each renamed one on its own."""
     plain = sorted((name for name in names if " as " not in name), key=order)
     groups = [[name] for name in names - set(plain)] + [plain] * bool(plain)
     lines = []
     for group in sorted(groups, key=lambda group: order(group[0])):
         line, tall = f"from {module} import {', '.join(group)}", ",\n    ".join(group)
-        lines.append(line if len(line) <= 100 else f"from {module} import (\n    {tall},\n)")
+        lines.append(line if len(line) <= width else f"from {module} import (\n    {tall},\n)")
     return "\n".join(lines)
 
 
@@ -391,13 +391,13 @@ sys.meta_path.insert(0, _BeforeTriton())
 '''
 
 
-# %% book/17-tangle.md, exported cell 11 (bbfec2cc)
+# %% book/17-tangle.md, exported cell 11 (f705fa91)
 def render_front(book: Book, texts: dict[str, str]) -> str:
     """The text of the package's `__init__.py`."""
     project, public = book.root / "pyproject.toml", public_names(texts)
     settings = project.read_text(encoding="utf-8") if project.exists() else ""
     modules = {module: [n for n in public if public[n] == module] for module in public.values()}
-    imports = [from_lines(f"{book.package}.{m}", set(names)) for m, names in modules.items()]
+    imports = [from_lines(f"{book.package}.{m}", set(n), 96) for m, n in modules.items()]
     end = "\n" if public else ""
     text = FRONT.format(
         package=book.package,
