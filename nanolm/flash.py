@@ -457,7 +457,7 @@ def dkdv_kernel(
     store_tile(DV, dv_strides, b, h_kv, n, S, dv, 1, COLS, D)
 
 
-# %% book/06-flash.md, exported cell 12 (1f7857dd)
+# %% book/06-flash.md, exported cell 12 (2ceba1a2)
 def launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
@@ -465,7 +465,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What `tiled_backward` computes, by the kernels, with what `launch_forward` gave."""
     dq, dk, dv = map(room_for, (q, k, v))
-    grad, q, k, v = map(dense, (grad, q, k, v))
+    grad, q, k, v, out = map(dense, (grad, q, k, v, out))
     (B, H, T, D), S = q.shape, k.size(2)
     _, delta = new_outputs(q)
     shape = B, H, T, S, scale
