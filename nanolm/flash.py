@@ -415,7 +415,16 @@ def dq_kernel(
     store_tile(DQ, dq_strides, b, h, t, T, dq * scale, HEADS, STEPS, D)
 
 
-# %% book/06-flash.md, exported cell 11 (514d0456)
+# %% book/06-flash.md, exported cell 11 (acf2d22f)
+@triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a @ b, in float32 added up tile by tile."""
+    if b.dtype == tl.float32:
+        return tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
+    else:
+        return tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
+
+
 @triton.jit
 def dkdv_kernel(
     Q, K, V, GRAD, LSE, DELTA, DK, DV,
@@ -450,9 +459,9 @@ def dkdv_kernel(
             if CAUSAL:
                 last = t + tl.arange(0, ROWS) % STEPS + S - T
                 p = tl.where((n + tl.arange(0, COLS))[:, None] <= last[None, :], p, 0.0)
-            dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+            dv = add_product(dv, p, grad, PRECISION)
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = add_product(dk, ds, q, PRECISION)
     store_tile(DK, dk_strides, b, h_kv, n, S, dk * scale, 1, COLS, D)
     store_tile(DV, dv_strides, b, h_kv, n, S, dv, 1, COLS, D)
 
