@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 7d796060
+# The seal of all that stands in no cell: 3a11d4fb
 """`nanolm.flash`, derived in the book, where each line has its reason:
 
 - book/06-flash.md: Flash attention
@@ -9,6 +9,7 @@ with `python -m nanolm.tangle --update`.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -497,7 +498,7 @@ def launch_backward(
     return dq, dk, dv
 
 
-# %% book/06-flash.md, exported cell 13 (70bbc02a)
+# %% book/06-flash.md, exported cell 13 (a375323e)
 WIDTHS = (16, 32, 64, 128)  # channels of a head that the kernels take
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -559,12 +560,10 @@ def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
     ctx.mark_non_differentiable(output[1])
 
 
+@partial(flash_forward.register_autograd, setup_context=remember)
 def way_back(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     """The gradients of the inputs of `flash_forward`."""
     return *flash_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
-
-
-LINKED = flash_forward.register_autograd(way_back, setup_context=remember)
 
 
 # %% book/06-flash.md, exported cell 14 (44bda8b3)

@@ -5,6 +5,8 @@ import threading
 
 from hypothesis import HealthCheck, settings
 
+import nanolm  # noqa: F401  # before anything else imports Triton: it sees to it that kernels run
+
 if threading.current_thread() is threading.main_thread():  # a job in the background may have been
     signal.signal(signal.SIGINT, signal.default_int_handler)  # started deaf to Ctrl-C
 

@@ -53,6 +53,11 @@ ROUNDING = 3e-7  # of float32 products in another order
 NOTHING = 1e-4  # what is left where the right answer is zero
 
 
+def test_where_triton_is_kernels_run():
+    """Else nearly all that follows would be skipped, and nobody would notice."""
+    assert RUNS or not has_triton()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """One seed, and one thread: tensors are small and test processes share the cores."""
