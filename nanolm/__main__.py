@@ -281,7 +281,7 @@ def plot_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 8 (a3cc0305)
+# %% book/16-command-line.md, exported cell 8 (cf2e6064)
 def writable(path: str) -> Path:
     """The path of a file that can be written, or an OSError."""
     place = Path(path)
@@ -302,8 +302,9 @@ def bench_command(args: argparse.Namespace) -> int:
         found = list(rows)
         print("" if result["rows"] else headline(result) + "\n", table(found), sep="\n", flush=True)
         result["rows"] += found
+        if place:  # after each table, so that a later one that fails takes nothing with it
+            place.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if place:
-        place.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         say_aside(f"{place}: written")
     return 0
 

@@ -145,10 +145,10 @@ def graphed(function: Callable, span: float = 0.002) -> Sampler:
     return sample
 
 
-# %% book/14-bench.md, exported cell 6 (d0b32d2b)
+# %% book/14-bench.md, exported cell 6 (4303e605)
 def sampler(function: Callable, device: str) -> Sampler:
     """The way of timing that suits a device: CUDA graphs on "cuda", a clock on "cpu"."""
-    return graphed(function) if device == "cuda" else stopwatch(function)
+    return graphed(function) if torch.device(device).type == "cuda" else stopwatch(function)
 
 
 def timed(
@@ -187,7 +187,7 @@ def reason(error: Exception) -> str:
     return re.sub(r"(?<!\w)/\S*/", "", f"{type(error).__name__}: {first}")[:100]
 
 
-# %% book/14-bench.md, exported cell 9 (ace74246)
+# %% book/14-bench.md, exported cell 9 (ebc3c9d7)
 def admit(
     contestants: dict[str, Callable], tolerance: float, device: str
 ) -> tuple[dict[str, Sampler], dict[str, float], dict[str, str]]:
@@ -198,6 +198,8 @@ def admit(
     right, samplers, errors, skipped = None, dict[str, Sampler](), dict[str, float](), {}
     for name in sorted(contestants, key=lambda name: name == OURS):
         try:
+            if name == OURS and right is None and len(contestants) > 1:
+                raise ValueError("no peer is left to agree with")
             found = contestants[name]()
             errors[name] = relative_error(found, found if right is None else right)
             if not errors[name] <= tolerance:  # also if it is NaN
@@ -410,7 +412,7 @@ def attention_inputs(
     return [tuple(new(size, requires_grad=True) for size in sizes) for _ in range(count)]
 
 
-# %% book/14-bench.md, exported cell 18 (17b260f2)
+# %% book/14-bench.md, exported cell 18 (e4511bc8)
 def bench_attention(
     shape: Iterable[str | Iterable[int]] = (), *, dtype: str = "", causal: bool = True,
     repeats: int | None = None, device: str = "", contestants: dict[str, Callable] = ATTENTION,
@@ -427,7 +429,10 @@ def bench_attention(
         raise ValueError(f"{dtype} is not among the dtypes: {', '.join(TOLERANCES)}")
     default = GPU_SHAPES if device == "cuda" else CPU_SHAPES
     for size in [AttentionShape.of(one) for one in shape or default]:
-        sets = attention_inputs(size, getattr(torch, dtype), device)
+        try:
+            sets = attention_inputs(size, getattr(torch, dtype), device)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(f"no memory for the inputs of {size}: {reason(error)}") from None
         title = f"attention, {size}, {'causal' if causal else 'full'}, {dtype}"
         about = {"shape": list(size), "causal": causal, "dtype": dtype, "sets": len(sets)}
         for work in WORKS:
@@ -442,12 +447,14 @@ def bench_attention(
             yield from (about | row for row in rows)
 
 
-# %% book/14-bench.md, exported cell 19 (965f0fd3)
+# %% book/14-bench.md, exported cell 19 (d076626d)
 def bench_ceilings(
     *, dtype: str = "", repeats: int | None = None, device: str = ""
 ) -> Iterator[Row]:
     """What this machine can do at best: bytes read and written, and a product of matrices."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype and dtype not in TOLERANCES:
+        raise ValueError(f"{dtype} is not among the dtypes: {', '.join(TOLERANCES)}")
     kind = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
     repeats = (50 if device == "cuda" else 20) if repeats is None else repeats
     size, span = (8192, 2**30) if device == "cuda" else (1024, 2**26)

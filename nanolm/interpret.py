@@ -210,27 +210,41 @@ def repair_bfloat16() -> None:
     builder.bfloat16_is_repaired = True
 
 
-# %% book/18-interpret.md, exported cell 10 (a8cbad97)
-def poison(dtype: torch.dtype) -> float:
-    """A value that cannot be overlooked: NaN, or the least integer of the type."""
-    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+# %% book/18-interpret.md, exported cell 10 (9bebf5f0)
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+MARKS = {1: 0x7F, 2: 0x7FE1, 4: 0x7FE1DEAD, 8: 0x7FFDEADDEADDEAD1}  # as floats, NaNs of our own
+
+
+def fillers(dtype: torch.dtype) -> list[int]:
+    """Poison, as bits: NaN around inputs and a NaN of our own elsewhere, or the least integer."""
+    if not dtype.is_floating_point:
+        return [torch.iinfo(dtype).min] * 2
+    nan = torch.tensor(float("nan"), dtype=dtype).view(BITS[dtype.itemsize])
+    return [int(nan), MARKS[dtype.itemsize]]
 
 
 def poisoned(
     shape: tuple[int, ...],
     data: Tensor | None = None,
     pad: int = 16,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A view of this shape between rows of poison, holding `data` or poison, and the whole of it.
 
     The last dimension but one gets `pad` more rows before and after (in one dimension, that one),
-    so a (B, H, T, D) view has poison between its heads: (B, H, T + 2 * pad, D) is the whole.
+    so a (B, H, T, D) view has poison between its heads: (B, H, T + 2 * pad, D) is the whole. Type
+    and device are those of `data` unless given, without data float32 on the CPU.
     """
+    if not shape or pad < 1 or data is not None and data.shape != shape:
+        given = "" if data is None else f" of data of shape {tuple(data.shape)}"
+        raise ValueError(f"cannot put {pad} rows around a view of shape {tuple(shape)}{given}")
+    dtype = dtype or (torch.float32 if data is None else data.dtype)
+    device = device or ("cpu" if data is None else data.device)
     dim = max(len(shape) - 2, 0)
     size = (*shape[:dim], shape[dim] + 2 * pad, *shape[dim + 1 :])
-    whole = torch.full(size, poison(dtype), dtype=dtype, device=device)
+    whole = torch.empty(size, dtype=dtype, device=device)
+    whole.view(BITS[dtype.itemsize]).fill_(fillers(dtype)[data is None])
     view = whole.narrow(dim, pad, shape[dim])
     if data is not None:
         view.copy_(data)
@@ -238,10 +252,11 @@ def poisoned(
 
 
 def intact(view: Tensor, whole: Tensor) -> bool:
-    """Whether the poison around a view is as it was: nothing was written there."""
-    rest, filler = whole.detach().clone(), poison(whole.dtype)
-    rest.as_strided(view.size(), view.stride(), view.storage_offset()).fill_(filler)
-    return bool((rest.isnan() if whole.is_floating_point() else rest == filler).all())
+    """Whether the poison around a view is as it was, bit for bit: nothing was written there."""
+    outside = torch.ones(whole.shape, dtype=torch.bool, device=whole.device)
+    outside.as_strided(view.size(), view.stride(), view.storage_offset()).fill_(False)
+    found = whole.detach().view(BITS[whole.dtype.itemsize])[outside]
+    return any(bool((found == filler).all()) for filler in fillers(whole.dtype))
 
 
 # %% book/18-interpret.md, exported cell 11 (e834dbda)
@@ -465,14 +480,15 @@ def unwrapping(method: Callable) -> Callable:
     return run
 
 
-# %% book/18-interpret.md, exported cell 20 (15df9a1c)
+# %% book/18-interpret.md, exported cell 20 (e4bf5d31)
 @contextlib.contextmanager
 def checked() -> Iterator[Checker]:
     """Check every access to memory of the kernels that are interpreted meanwhile.
 
     Raises MemoryFault, with the line, where a kernel loads or stores outside the elements of the
     views that it was given, where two programs of a launch touch one place and one of them writes
-    (atomic operations are exempt), where an int32 overflows, and where a device_assert fails.
+    (atomic operations are never part of a race here, even beside plain ones), where an int32 sum,
+    difference or product overflows, even in a masked lane, and where a device_assert fails.
     """
     if not interpreting():
         raise RuntimeError("only interpreted kernels can be checked: TRITON_INTERPRET=1 is not set")
@@ -497,7 +513,7 @@ def checked() -> Iterator[Checker]:
         yield checker
 
 
-# %% book/18-interpret.md, exported cell 21 (9078b33d)
+# %% book/18-interpret.md, exported cell 21 (af033f69)
 class Card:
     """What Triton asks of a GPU before a launch, answered for one that is not there."""
 
@@ -518,20 +534,28 @@ class Card:
     def get_active_torch_device(self) -> torch.device:
         return torch.device("meta")
 
+    def get_benchmarker(self) -> Callable:
+        """Nothing is timed: each configuration is compiled, and the first one chosen."""
+        return lambda call, quantiles=None, **options: (call(), [0.0] * 3)[1]
 
-# %% book/18-interpret.md, exported cell 22 (4c85ec95)
+
+# %% book/18-interpret.md, exported cell 22 (37aa6414)
 @contextlib.contextmanager
 def compile_only(capability: int) -> Iterator[list[tuple[str, Any]]]:
     """Compile the kernels that are launched meanwhile, on meta tensors, for a GPU; launch none.
 
     `capability` is the GPU's compute capability times ten: 80 (A100), 86 (RTX 3090), 89 (RTX 4090),
     90 (H100). Gives a list that fills with each kernel's name and what it was compiled to. Raises
-    RuntimeError where kernels are interpreted: set TRITON_INTERPRET=0 before Triton is imported.
+    RuntimeError where kernels are interpreted: set TRITON_INTERPRET=0 before Triton is imported;
+    and ValueError for another card.
     """
     if interpreting() or not has_triton():
         why = "is interpreting in this process" if has_triton() else "is not installed"
         need = "compile_only needs a process of its own, with TRITON_INTERPRET=0 in its environment"
         raise RuntimeError(f"{need}: Triton {why}")
+    if capability not in SHARED:
+        known = ", ".join(map(str, SHARED))
+        raise ValueError(f"compute capability {capability!r} is none of {known} (times ten)")
     from triton.runtime.driver import driver
 
     compiled: list[tuple[str, Any]] = []
@@ -554,7 +578,7 @@ def compile_only(capability: int) -> Iterator[list[tuple[str, Any]]]:
                 kernel.device_caches.clear()
 
 
-# %% book/18-interpret.md, exported cell 23 (5a3c39d4)
+# %% book/18-interpret.md, exported cell 23 (a3b82c25)
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # shared memory that one block may have (KiB)
 
 
@@ -579,5 +603,5 @@ def resources(compiled: Any) -> dict[str, int]:
         "shared": compiled.metadata.shared,
         "registers": int(found[1]),
         "stack": int(found[2]),
-        "tensor_cores": len(re.findall(r"\b(?:HMMA|HGMMA)\.", code)),
+        "tensor_cores": len(re.findall(r"\b[HIQDB]G?MMA\.", code)),
     }

@@ -544,6 +544,29 @@ def test_a_view_without_data_is_poison_itself():
     assert (poisoned((2, 3), dtype=torch.int32)[0] == torch.iinfo(torch.int32).min).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_nan_over_poison_is_seen(dtype):
+    """What a kernel makes of the poison that it read is NaN too."""
+    for data in (None, torch.ones(2, 3, dtype=dtype)):
+        view, whole = poisoned((2, 3), data, pad=2, dtype=dtype)
+        assert intact(view, whole)
+        view[:] = float("nan")
+        assert intact(view, whole)
+        if data is None:  # around inputs, plain NaN: that is what a kernel would read
+            read = poisoned((2, 3), torch.ones(2, 3, dtype=dtype), pad=2)[1]
+            whole[-1] = read[-1] + read[-1]
+            assert not intact(view, whole)
+
+
+def test_poison_takes_after_the_data():
+    data = torch.arange(6, dtype=torch.int64).reshape(2, 3) + 2**40
+    view, whole = poisoned((2, 3), data)
+    assert view.dtype == torch.int64 and torch.equal(view, data) and intact(view, whole)
+    for shape, given, pad in (((3, 2), data, 1), ((), None, 1), ((2, 3), None, 0)):
+        with pytest.raises(ValueError, match="rows around a view"):
+            poisoned(shape, given, pad)
+
+
 @interpreted
 def test_poison_shows_what_a_kernel_read_or_wrote():
     x, out, around = copy(unmasked_store_kernel)
@@ -625,6 +648,22 @@ def test_compiles_for_one_card_after_another():
         TRITON_INTERPRET="0",
     )
     assert said.splitlines() == ["80 0", "90 0", "80 0", "None"]
+
+
+@with_triton
+def test_another_card_is_refused():
+    said = python(
+        """
+        from test_interpret import *
+        for capability in (9, 85, "90"):
+            try:
+                compile_only(capability).__enter__()
+            except ValueError as error:
+                print(error)
+        """,
+        TRITON_INTERPRET="0",
+    )
+    assert said.count("is none of 80, 86, 89, 90 (times ten)") == 3
 
 
 @with_triton
