@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 3a11d4fb
+# The seal of all that stands in no cell: 650d4ea2
 """`nanolm.flash`, derived in the book, where each line has its reason:
 
 - book/06-flash.md: Flash attention
@@ -20,8 +20,6 @@ from nanolm.interpret import has_triton, interpreting, repair_bfloat16, tl, trit
 __all__ = [
     "flash_attention",
     "has_kernel",
-    "tiled_forward",
-    "tiled_backward",
 ]
 
 
@@ -467,7 +465,7 @@ def dkdv_kernel(
     store_tile(DV, dv_strides, b, h_kv, n, S, dv, 1, COLS, D)
 
 
-# %% book/06-flash.md, exported cell 12 (2ceba1a2)
+# %% book/06-flash.md, exported cell 12 (d443a60f)
 def launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
@@ -478,6 +476,8 @@ def launch_backward(
     grad, q, k, v, out = map(dense, (grad, q, k, v, out))
     (B, H, T, D), S = q.shape, k.size(2)
     _, delta = new_outputs(q)
+    if lse.stride() != delta.stride():  # deltas are stored where the strides of lse say
+        lse = new_outputs(q)[1].copy_(lse)
     shape = B, H, T, S, scale
     with torch.cuda.device_of(q):
         tiles = dq_tiles or choose_tiles("dq", q, k, causal)
@@ -498,7 +498,7 @@ def launch_backward(
     return dq, dk, dv
 
 
-# %% book/06-flash.md, exported cell 13 (a375323e)
+# %% book/06-flash.md, exported cell 13 (4b6f1658)
 WIDTHS = (16, 32, 64, 128)  # channels of a head that the kernels take
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -516,8 +516,9 @@ def flash_forward(
     if has_kernel(q):
         return launch_forward(q, k, v, causal, scale)
     out, lse = new_outputs(q)
-    for room, found in zip((out, lse), tiled_forward(q, k, v, causal, scale), strict=True):
-        room.copy_(found)
+    with torch.autocast(q.device.type, enabled=False):
+        for room, found in zip((out, lse), tiled_forward(q, k, v, causal, scale), strict=True):
+            room.copy_(found)
     return out, lse
 
 
@@ -538,7 +539,8 @@ def flash_backward(
     if has_kernel(q):
         return launch_backward(grad, q, k, v, out, lse, causal, scale)
     dq, dk, dv = map(room_for, (q, k, v))
-    found = tiled_backward(grad, q, k, v, out, lse, causal, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        found = tiled_backward(grad, q, k, v, out, lse, causal, scale)
     for room, gradient in zip((dq, dk, dv), found, strict=True):
         room.copy_(gradient)
     return dq, dk, dv
@@ -566,7 +568,7 @@ def way_back(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return *flash_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
 
 
-# %% book/06-flash.md, exported cell 14 (44bda8b3)
+# %% book/06-flash.md, exported cell 14 (c45b5e13)
 def shapes_of(q: Tensor, k: Tensor, v: Tensor) -> str:
     """The shapes of the three, for an error."""
     return ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip("qkv", (q, k, v), strict=True))
@@ -585,12 +587,14 @@ def check(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) ->
     if causal and q.size(2) > k.size(2):
         need = "causal attention needs a key for every query"
         raise ValueError(f"{need}: {q.size(2)} queries, {k.size(2)} keys")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale must be positive and finite, not {scale}")
+    if scale is not None and not 1e-30 < scale < 1e30:
+        raise ValueError(f"scale must be positive, and between 1e-30 and 1e30, not {scale}")
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise ValueError(f"q, k and v must be of one type, on one device, not {kinds}")
-    if not q.is_floating_point() or q.is_cuda and has_triton() and not has_kernel(q):
+    if not q.is_floating_point() or q.element_size() < 2:
+        raise ValueError(f"q, k and v must be floating point of 16 bits or more, not {q.dtype}")
+    if q.is_cuda and has_triton() and not has_kernel(q):
         types = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         takes = f"the kernels take {types} with heads of {', '.join(map(str, WIDTHS))} channels"
         raise ValueError(f"{takes}, not {q.dtype} with {q.size(-1)}")
@@ -599,13 +603,14 @@ def check(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) ->
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None
 ) -> Tensor:
-    """Scaled dot-product attention in memory linear in the length (Dao 2023), differentiable.
+    """Scaled dot-product attention in memory linear in the length (Dao 2023).
 
     q (B, H, T, D), k and v (B, H_kv, S, D) give (B, H, T, D). Query head h reads key head
     h // (H / H_kv). `causal` lets the last query see every key and each earlier one a key less;
     `scale` is 1 / sqrt(D) unless given. On a GPU with Triton: bfloat16, float16 or float32 with
-    D of 16, 32, 64 or 128, the same bits every time. Elsewhere: plain PyTorch, any D. Raises
-    ValueError for shapes, types or scales that cannot be.
+    D of 16, 32, 64 or 128, values up to 2 ** 63, the same bits every time. Elsewhere: plain
+    PyTorch, any D. Differentiable once, by `backward`. Raises ValueError for shapes, types or
+    scales that cannot be.
     """
     check(q, k, v, causal, scale)
     scale = q.size(-1) ** -0.5 if scale is None else scale
