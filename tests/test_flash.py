@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import textwrap
 import weakref
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from unittest import mock
 import flash_gate
 import pytest
 import torch
+from apart import python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanolm import flash
@@ -73,16 +73,6 @@ def label(value):
     if isinstance(value, Tiles):
         return "x".join(map(str, value[:2])) + "box" * value.BOX
     return str(getattr(value, "__name__", value)).removeprefix("torch.")
-
-
-def python(script, **environment):
-    """What a script prints in a process of its own."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
-    run = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 # ---- the judge, and what is judged -------------------------------------------------------------

@@ -7,11 +7,11 @@ import contextlib
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from apart import python
 
 from nanolm.interpret import (
     SHARED,
@@ -35,16 +35,6 @@ interpreted = pytest.mark.skipif(not interpreting(), reason="kernels are compile
 on_gpu = pytest.mark.skipif(
     interpreting() or not (has_triton() and torch.cuda.is_available()), reason="no GPU in use"
 )
-
-
-def python(script, **environment):
-    """What a script prints in a process of its own."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
-    run = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @with_triton

@@ -1,0 +1,19 @@
+"""A Python of its own for a test, which has to choose what Triton does before it is imported."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(script, **environment):
+    """What a script prints in a process of its own."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    run = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
