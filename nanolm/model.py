@@ -272,7 +272,7 @@ def init_weights(model: nn.Module, n_layer: int, std: float = 0.02) -> None:
             nn.init.normal_(weight, std=std / (math.sqrt(2 * n_layer) if writes else 1.0))
 
 
-# %% book/05-transformer.md, exported cell 5 (ecd46ce8)
+# %% book/05-transformer.md, exported cell 5 (b456efb7)
 class Transformer(nn.Module):
     """A decoder-only language model whose head is its embedding (Press and Wolf 2017).
 
@@ -336,8 +336,9 @@ class Transformer(nn.Module):
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets (B, T) after ids (B, T), in nats a token."""
-        logits = self.logits(self.hidden(ids))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        from nanolm.loss import linear_cross_entropy
+
+        return linear_cross_entropy(self.hidden(ids), self.embedding.weight, targets)
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for batch_size sequences, on the model's device and in its dtype."""

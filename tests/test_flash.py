@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -19,8 +18,8 @@ from unittest import mock
 import flash_gate
 import pytest
 import torch
+from alive import Alive
 from apart import python
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanolm import flash
 from nanolm.flash import (
@@ -542,32 +541,6 @@ def test_tiles_in_plain_pytorch(T, S, causal, dtype, D):
     found = Results(out, *tiled_backward(grad, *inputs, out, lse, causal, 0.2, tile=16), lse)
     assert [x.dtype for x in found[:4]] == [dtype] * 4
     assert_accurate(found, given, causal, 0.2)
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, and remembers the most."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = self.largest = 0
-        self.storages = set()
-
-    def release(self, size, place):
-        self.now -= size
-        self.storages.discard(place)
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        found = function(*arguments, **(options or {}))
-        for x in found if isinstance(found, (tuple, list)) else [found]:
-            place = x.untyped_storage().data_ptr() if isinstance(x, torch.Tensor) else None
-            if place is None or place in self.storages:
-                continue
-            size = x.untyped_storage().nbytes()
-            self.storages.add(place)
-            self.now, self.largest = self.now + size, max(self.largest, x.numel())
-            self.most = max(self.most, self.now)
-            weakref.finalize(x, self.release, size, place)
-        return found
 
 
 def memory(T, causal=True):

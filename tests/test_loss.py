@@ -1,0 +1,459 @@
+"""The loss against the formula in float64, at sizes and layouts that nobody tries first.
+
+Without a GPU the kernels are interpreted, and the checker looks at every address. On a GPU the same
+tests run them for real. Poison surrounds what they read.
+"""
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from alive import Alive
+from apart import python
+
+from nanolm import loss
+from nanolm.interpret import SHARED, checked, has_triton, interpreting, poisoned
+from nanolm.loss import (
+    HOPPER_TILES,
+    OTHER_TILES,
+    LossTiles,
+    launch_loss,
+    linear_cross_entropy,
+    loss_by_chunks,
+)
+from nanolm.model import ModelConfig, Transformer
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+ON_GPU = DEVICE == "cuda" and has_triton()
+RUNS = ON_GPU or interpreting()
+with_kernels = pytest.mark.skipif(not RUNS, reason="Triton is not installed")
+on_gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU in use")
+# infinite weights are meant here; NumPy, which interprets, finds them worth a word
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+NAMES = ("loss", "d_hidden", "d_weight")
+IGNORE = -100
+SMALL = LossTiles(16, 16, 4, 2)
+BOXES = LossTiles(32, 16, 4, 2, True)
+TILES = [OTHER_TILES, SMALL, BOXES, HOPPER_TILES]
+
+
+def test_where_triton_is_kernels_run():
+    """Else half of what follows would be skipped, and nobody would notice."""
+    assert RUNS or not has_triton()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """One seed, and one thread: tensors are small and test processes share the cores."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- the judge, and what is judged -------------------------------------------------------------
+
+
+def formula(hidden, weight, targets, ignore_index=IGNORE):
+    """The loss and its gradients as PyTorch has them: logits in the type of hidden, then wide."""
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    logits = hidden @ weight.to(hidden.dtype).T
+    logits = logits.to(torch.promote_types(logits.dtype, FP32))
+    value = F.cross_entropy(logits, targets, ignore_index=ignore_index)
+    return value.detach(), *torch.autograd.grad(value, (hidden, weight))
+
+
+def assert_accurate(found, hidden, weight, targets, ignore_index=IGNORE):
+    """Our error against float64 is at most twice that of PyTorch in the same type."""
+    narrow = weight.to(hidden.dtype)  # what both multiply with
+    right = formula(hidden.double(), narrow.double(), targets, ignore_index)
+    plain = formula(hidden, narrow, targets, ignore_index)
+    for name, ours, theirs, exact in zip(NAMES, found, plain, right, strict=True):
+        error, allowed = ((x.double() - exact).norm().item() for x in (ours, theirs))
+        allowed = 2 * allowed + 1e-6 * exact.norm().item() + 1e-12
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def some(N, V, D, dtype=BF16, spread=1.0):
+    """States, words and targets, drawn on the CPU: everywhere the same."""
+    hidden, weight = torch.randn(N, D), spread * torch.randn(V, D)
+    return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), torch.randint(V, (N,)).to(DEVICE)
+
+
+def by_kernels(hidden, weight, targets, ignore_index=IGNORE, grads=True, **options):
+    """The kernels' results, from inputs that lie in poison."""
+    hidden, weight = (poisoned(x.shape, x, 64)[0] for x in (hidden, weight))
+    targets, _ = poisoned(targets.shape, targets, 64)
+    with checked() if interpreting() else contextlib.nullcontext():
+        return launch_loss(hidden, weight, targets, ignore_index, grads, **options)
+
+
+def label(value):
+    """A short name for a parameter of a test."""
+    if isinstance(value, LossTiles):
+        return "x".join(map(str, value[:2])) + "box" * value.BOX
+    return str(getattr(value, "__name__", value)).removeprefix("torch.")
+
+
+# ---- the kernels -------------------------------------------------------------------------------
+
+SIZES = [  # tokens, words, channels, rows of a chunk, shares of the vocabulary
+    (1, 1, 16, 0, 0),
+    (1, 2, 16, 0, 1),
+    (7, 31, 32, 0, 3),
+    (63, 32, 16, 32, 2),
+    (64, 33, 64, 64, 5),
+    (65, 65, 32, 64, 1),
+    (129, 1000, 32, 64, 3),
+    (300, 257, 16, 128, 4),
+    (40, 70, 48, 32, 2),
+    (40, 100, 96, 0, 2),
+    (33, 129, 256, 0, 3),
+    (20, 50, 384, 0, 2),
+    (5, 1401, 128, 0, 40),
+]
+
+
+@with_kernels
+@pytest.mark.parametrize("N, V, D, rows, splits", SIZES)
+@pytest.mark.parametrize("tiles", TILES, ids=label)
+def test_every_size(N, V, D, rows, splits, tiles):
+    given = some(N, V, D)
+    rows = -(-rows // tiles.ROWS) * tiles.ROWS  # a chunk is whole tiles
+    assert_accurate(by_kernels(*given, tiles=tiles, rows=rows, splits=splits), *given)
+
+
+@with_kernels
+@pytest.mark.parametrize("tiles", TILES, ids=label)
+def test_without_gradients_the_same_loss(tiles):
+    given = some(100, 300, 32)
+    with_them = by_kernels(*given, tiles=tiles)
+    value, d_hidden, d_weight = by_kernels(*given, grads=False, tiles=tiles)
+    assert torch.equal(value, with_them[0]) and d_hidden.numel() == d_weight.numel() == 0
+
+
+@with_kernels
+@pytest.mark.parametrize("ignore_index", [-100, -1, 5, 10**6])
+def test_tokens_that_do_not_count(ignore_index):
+    hidden, weight, targets = some(90, 40, 32)
+    targets[::3] = ignore_index
+    found = by_kernels(hidden, weight, targets, ignore_index, tiles=SMALL, rows=32)
+    assert_accurate(found, hidden, weight, targets, ignore_index)
+    assert not found[1][targets == ignore_index].any()
+
+
+@with_kernels
+def test_a_whole_chunk_that_does_not_count():
+    hidden, weight, targets = some(96, 40, 32)
+    targets[32:64] = IGNORE
+    found = by_kernels(hidden, weight, targets, tiles=SMALL, rows=32)
+    assert_accurate(found, hidden, weight, targets)
+
+
+@with_kernels
+@pytest.mark.parametrize("tiles", TILES, ids=label)
+def test_the_same_bits_every_time(tiles):
+    given = some(200, 300, 32)
+    one, two = (by_kernels(*given, tiles=tiles, rows=128) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@with_kernels
+@pytest.mark.parametrize("kind", ["weight in float32", "not contiguous", "misaligned", "repeated"])
+def test_layouts(kind):
+    hidden, weight, targets = some(70, 90, 32)
+    right = launch_loss(hidden, weight, targets, IGNORE, True, SMALL)
+    if kind == "weight in float32":
+        weight = weight.float()
+    elif kind == "not contiguous":
+        hidden, weight = (x.T.contiguous().T for x in (hidden, weight))
+    elif kind == "misaligned":
+        room = hidden.new_empty(hidden.numel() + 1)
+        hidden = room[1:].view_as(hidden).copy_(hidden)
+    else:
+        hidden, targets = hidden[:1].expand(70, 32), targets[:1].expand(70)
+        right = launch_loss(hidden.clone(), weight, targets.clone(), IGNORE, True, SMALL)
+    found = launch_loss(hidden, weight, targets, IGNORE, True, SMALL)
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+# ---- guesses that were wrong -------------------------------------------------------------------
+
+
+@with_kernels
+@pytest.mark.parametrize("nats", [30, 43, 46, 87, 90, 1e3, 1e5])
+@pytest.mark.parametrize("rows", ["one", "all"])
+@pytest.mark.parametrize("tiles", [SMALL, BOXES], ids=label)
+def test_a_target_far_below_the_best_word(nats, rows, tiles):
+    hidden, weight, targets = some(70, 90, 32)
+    bad = slice(40, 41) if rows == "one" else slice(None)
+    for i in range(*bad.indices(70)):  # against the target's word, as far as it takes
+        w = weight[targets[i]].float()
+        hidden[i] = (-nats * w / w.square().sum()).to(hidden.dtype)
+    assert formula(hidden.double(), weight.double(), targets)[0] > nats / 80
+    assert_accurate(
+        by_kernels(hidden, weight, targets, tiles=tiles, rows=32), *(hidden, weight, targets)
+    )
+
+
+@with_kernels
+def test_a_target_far_above_all_other_words():
+    hidden, weight, targets = some(70, 90, 32)
+    hidden = 100 * weight[targets]
+    found = by_kernels(hidden, weight, targets, tiles=SMALL)
+    scores = (hidden.double() * weight[targets].double()).sum(-1)  # in float32 not exact
+    assert all(x.abs().max() < 1e-6 * scores.max() for x in found)
+
+
+@with_kernels
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows_in_the_loss(value):
+    hidden, weight, targets = some(70, 90, 32)
+    hidden[30, 3] = value
+    found = by_kernels(hidden, weight, targets, tiles=SMALL, rows=32)
+    assert not found[0].isfinite()
+    assert found[1][:16].isfinite().all(), "rows of other tiles are not touched"
+
+
+@with_kernels
+def test_a_target_that_is_no_word_shows_in_the_loss():
+    hidden, weight, targets = some(40, 90, 32)
+    for bad in (90, -1, 2**40):
+        targets[7] = bad
+        assert by_kernels(hidden, weight, targets, tiles=SMALL)[0].isnan()
+
+
+# ---- plain PyTorch -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=label)
+@pytest.mark.parametrize("chunk", [1, 100, 10**6])
+def test_chunks_in_plain_pytorch(dtype, chunk):
+    hidden, weight, targets = some(50, 30, 7, dtype, 0.3)
+    targets[::7] = IGNORE
+    found = loss_by_chunks(hidden, weight, targets, IGNORE, True, chunk)
+    assert found[0].dtype == found[2].dtype == torch.promote_types(dtype, FP32)
+    assert_accurate(found, hidden, weight, targets)
+
+
+def test_only_a_chunk_of_logits_is_alive():
+    hidden, weight, targets = some(400, 100, 8, FP32)
+    with Alive() as alive:
+        loss_by_chunks(hidden, weight, targets, IGNORE, True, chunk=2000)
+    assert alive.largest <= 400 * 8  # the gradient of hidden; all logits are ten times as many
+    assert alive.most <= 4 * (400 * 8 + 3 * 100 * 8 + 5 * 2000 + 400)
+
+
+@on_gpu
+@pytest.mark.parametrize("grads", [True, False])
+def test_memory_of_a_step(grads):
+    hidden, weight, targets = some(32768, 32000, 256)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    launch_loss(hidden, weight.float(), targets, IGNORE, grads)
+    assert torch.cuda.max_memory_allocated() - before <= (5e8 if grads else 1e8)
+
+
+# ---- the function ------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["plain", "kernels"])
+def route(request, monkeypatch):
+    """By plain PyTorch, and by the kernels (where there is no GPU, interpreted)."""
+    if request.param == "kernels" and not RUNS:
+        pytest.skip("Triton is not installed")
+    if not ON_GPU:
+        monkeypatch.setattr(loss, "has_loss_kernel", lambda hidden: request.param == "kernels")
+    elif request.param == "plain":
+        monkeypatch.setitem(globals(), "DEVICE", "cpu")
+    return request.param
+
+
+def leaves(*given):
+    return [x.detach().clone().requires_grad_() for x in given]
+
+
+def test_the_function_and_its_gradients(route):
+    hidden, weight, targets = some(60, 80, 32)
+    h, w = leaves(hidden.view(3, 20, 32), weight.float())
+    value = linear_cross_entropy(h, w, targets.view(3, 20))
+    gradients = torch.autograd.grad(value, (h, w))
+    assert value.dtype == FP32 and [x.dtype for x in gradients] == [BF16, FP32]
+    assert_accurate(
+        (value.detach(), gradients[0].flatten(0, 1), gradients[1]), hidden, weight, targets
+    )
+
+
+def test_what_comes_from_above_multiplies_the_gradients(route):
+    hidden, weight, targets = some(30, 40, 16)
+    h, w = leaves(hidden, weight.float())
+    value = linear_cross_entropy(h, w, targets)
+    once = torch.autograd.grad(value, (h, w), retain_graph=True)
+    again = torch.autograd.grad(4 * value, (h, w))
+    assert all(torch.equal(4 * a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_only_what_needs_a_gradient_gets_one(route):
+    hidden, weight, targets = some(30, 40, 16)
+    (w,) = leaves(weight)
+    linear_cross_entropy(hidden, w, targets).backward()
+    assert w.grad.dtype == BF16 and hidden.grad is None
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, w, targets).requires_grad
+
+
+def test_a_gradient_of_the_gradient_is_refused(route):
+    hidden, weight, targets = some(30, 40, 16)
+    h, w = leaves(hidden, weight.float())
+    (dw,) = torch.autograd.grad(linear_cross_entropy(h, w, targets), [w], create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.autograd.grad(dw.sum(), (h, w))
+
+
+def test_gradients_by_differences():
+    hidden, weight, targets = (x.cpu() for x in some(6, 9, 4, FP64))
+    targets[2] = IGNORE
+    function = lambda h, w: linear_cross_entropy(h, w, targets)  # noqa: E731
+    assert torch.autograd.gradcheck(function, leaves(hidden, weight))
+
+
+def test_under_autocast_it_computes_in_the_low_type(route):
+    hidden, weight, targets = some(60, 80, 32)
+    h, w = leaves(hidden.float(), weight.float())
+    with torch.autocast(DEVICE, dtype=BF16):
+        value = linear_cross_entropy(h, w, targets)
+    gradients = torch.autograd.grad(value, (h, w))
+    assert [x.dtype for x in gradients] == [FP32, FP32]
+    assert_accurate((value.detach(), *gradients), hidden, weight, targets)
+
+
+COMPILER = "inductor" if ON_GPU else "aot_eager"  # which compiles no C++, and checks as much
+
+
+def test_compiled_as_one_graph(route):
+    torch.compiler.reset()
+
+    def head(h, w, t):
+        return 2 * linear_cross_entropy(h * 2, w, t)
+
+    hidden, weight, targets = some(60, 80, 32)
+    results = []
+    for function in (head, torch.compile(head, fullgraph=True, backend=COMPILER)):
+        h, w = leaves(hidden, weight.float())
+        value = function(h, w, targets)
+        results.append((value, *torch.autograd.grad(value, (h, w))))
+    for one, two in zip(*results, strict=True):
+        assert torch.allclose(one.float(), two.float(), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("grads", [True, False])
+def test_the_operator_is_what_it_says(grads):
+    hidden, weight, targets = some(20, 30, 8, FP32)
+    given = leaves(hidden, weight) if grads else (hidden, weight)
+    torch.library.opcheck(loss.linear_loss, (*given, targets, IGNORE, grads))
+
+
+@on_gpu
+def test_recorded_as_a_graph():
+    hidden, weight, targets = some(500, 3000, 256)
+    h, w = leaves(hidden, weight.float())
+    right = linear_cross_entropy(h, w, targets)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.autograd.grad(linear_cross_entropy(h, w, targets), (h, w))
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        value = linear_cross_entropy(h, w, targets)
+        gradients = torch.autograd.grad(value, (h, w))
+    graph.replay()
+    assert torch.equal(value, right)
+    assert_accurate((value.detach(), *gradients), hidden, weight, targets)
+    targets[3] = 3000
+    graph.replay()
+    assert value.isnan()
+
+
+def test_the_loss_of_a_model_is_that_of_its_logits():
+    model = Transformer(ModelConfig(vocab_size=50, n_layer=1, d_model=32, d_ff=32, max_seq_len=16))
+    ids = torch.randint(50, (3, 12))
+    logits = model(ids[:, :-1])
+    right = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    weights = list(model.parameters())
+    pairs = [torch.autograd.grad(x, weights) for x in (model.loss(ids[:, :-1], ids[:, 1:]), right)]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*pairs, strict=True))
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+H, W, T = torch.ones(6, 16), torch.ones(9, 16), torch.zeros(6, dtype=torch.int64)
+REFUSED = {
+    "hidden must be (..., D) and weight (V, D), not (6, 16) and (9, 15)": (H, W[:, 1:], T),
+    "not (6, 16) and (9,)": (H, W[:, 0], T),
+    "one target for each row of hidden, not (5,) for hidden (6, 16)": (H, W, T[1:]),
+    "not (0,) for hidden (0, 16)": (H[:0], W, T[:0]),
+    "targets must be int64, hidden and weight floating point, not torch.int32": (H, W, T.int()),
+    "torch.int64 and torch.float32": (H.long(), W, T),
+    "on one device, not cpu, meta and cpu": (H, W.to("meta"), T),
+    "1 targets are not in 0..8, for example 9": (H, W, T.index_fill(0, torch.tensor(2), 9)),
+    "6 targets are not in 0..8, for example -1": (H, W, T - 1),
+    "no target is left: all 6 are ignore_index -100": (H, W, T - 100),
+}
+
+
+@pytest.mark.parametrize("says", REFUSED)
+def test_bad_input_is_one_clear_error(says):
+    with pytest.raises(ValueError) as caught:
+        linear_cross_entropy(*REFUSED[says])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+NO_TRITON = """
+    import sys
+
+    class Refuse:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "triton":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Refuse())
+    import torch
+    from nanolm import linear_cross_entropy
+
+    h, w = torch.zeros(5, 4, requires_grad=True), torch.zeros(8, 4)
+    loss = linear_cross_entropy(h, w, torch.arange(5))
+    loss.backward()
+    print(round(loss.item(), 4), h.grad.any().item())
+"""
+
+
+def test_without_triton_plain_pytorch_does_it():
+    assert python(NO_TRITON, CUDA_VISIBLE_DEVICES="") == f"{round(math.log(8), 4)} False\n"
+
+
+# ---- compiled for cards that are not here ------------------------------------------------------
+
+
+@with_kernels
+def test_kernels_fit_the_cards_and_spill_nothing():
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+    script = [sys.executable, str(ROOT / "tests" / "loss_gate.py")]
+    run = subprocess.run(script, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = json.loads(run.stdout)
+    assert len(rows) == 4 * 4 * 3
+    for row in rows:
+        card = int(row["case"].partition("-")[0].removeprefix("sm_"))
+        assert row["shared"] <= SHARED[card] * 1024 and row["stack"] == 0, row
+        assert row["tensor_cores"] > 0 or row["kernel"] == "guess_kernel", row
