@@ -309,7 +309,7 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 9 (b19b1efe)
+# %% book/16-command-line.md, exported cell 9 (bcec6d36)
 Command = Callable[[argparse.Namespace], int]
 SOURCES = 'files, folders, globs, "fables" or "hf:NAME"'
 
@@ -374,9 +374,10 @@ def build_parser() -> Parser:
         p.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
         p.add_argument("--repeats", type=int, help="samples of each (default: 50; CPU: 20)")
         p.add_argument("--json", metavar="FILE", help="file to keep the result in")
-        if name == "attention":
-            words = "shapes B,H,H_KV,T,D (default: those of the book)"
+        if sizes := {"attention": "B,H,H_KV,T,D", "loss": "N,V,D"}.get(name):
+            words = f"shapes {sizes} (default: those of the book)"
             p.add_argument("--shape", nargs="+", metavar="SHAPE", help=words)
+        if name == "attention":
             p.add_argument("--causal", action="store_true", default=None, help="causal (default)")
             p.add_argument("--full", action="store_false", dest="causal", help="no mask")
 

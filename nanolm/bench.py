@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: a1640949
+# The seal of all that stands in no cell: 3ea922df
 """`nanolm.bench`, derived in the book, where each line has its reason:
 
 - book/14-bench.md: Side by side
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -38,6 +39,7 @@ __all__ = [
     "report",
     "bench_attention",
     "bench_ceilings",
+    "bench_loss",
 ]
 
 
@@ -257,7 +259,7 @@ def machine() -> dict[str, Any]:
     return {"date": today, "machine": processor(), "versions": versions | {"nanolm": __version__}}
 
 
-# %% book/14-bench.md, exported cell 12 (3a9613b3)
+# %% book/14-bench.md, exported cell 12 (2fb343a5)
 def table(rows: list[Row]) -> str:
     """Rows that share a title as text, 80 columns wide where numbers and reasons are short."""
     lines = [rows[0]["title"]]
@@ -265,7 +267,8 @@ def table(rows: list[Row]) -> str:
         head = f"  {work:22}{'median us':>11}{'p10 .. p90':>21}{'ratio':>8}"
         found = list(group)
         unit = next((row["unit"] for row in found if "unit" in row), "")
-        lines.append(f"{head}{unit:>9}{'error':>7}" if unit else f"  {work}")
+        extra = f"{'GB':>7}" if any(row.get("extra_gb") for row in found) else ""
+        lines.append(f"{head}{unit:>9}{'error':>7}{extra}" if unit else f"  {work}")
         lines += map(table_line, found)
     return "\n".join(lines)
 
@@ -277,7 +280,8 @@ def table_line(row: Row) -> str:
     median, low, high = (f"{row[f'{key}_us']:,.1f}" for key in ("median", "p10", "p90"))
     ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
     numbers = f"{median:>11} {f'{low} .. {high}':>20}{ratio:>8}{row['rate']:>9.3g}"
-    return f"  {row['contestant']:22}{numbers}{row['error']:>7.0e}"
+    extra = f"{row['extra_gb']:>7.2f}" if row.get("extra_gb") else ""
+    return f"  {row['contestant']:22}{numbers}{row['error']:>7.0e}{extra}"
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -447,7 +451,142 @@ def bench_attention(
             yield from (about | row for row in rows)
 
 
-# %% book/14-bench.md, exported cell 19 (d076626d)
+# %% book/14-bench.md, exported cell 19 (a0176c3b)
+class LossShape(NamedTuple):
+    """States (N, D) and words (V, D)."""
+
+    N: int
+    V: int
+    D: int
+
+    @classmethod
+    def of(cls, shape: str | Iterable[int]) -> "LossShape":
+        """From three numbers or from "N,V,D"; ValueError if it is no possible shape."""
+        words = shape.split(",") if isinstance(shape, str) else [str(size) for size in shape]
+        if len(words) != 3 or not all(re.fullmatch("0*[1-9][0-9]{0,8}", word) for word in words):
+            raise ValueError(f"{','.join(words)!r} is no shape: give N,V,D")
+        return cls(*map(int, words))
+
+    def __str__(self) -> str:
+        return f"N{self.N} V{self.V} D{self.D}"
+
+
+def our_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The loss of this book."""
+    from nanolm.loss import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, targets)
+
+
+def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The loss from float32 logits, as one would write it."""
+    return F.cross_entropy((hidden @ weight.T).float(), targets)
+
+
+def loss_and_gradients(
+    loss_of: Callable, hidden: Tensor, weight: Tensor, targets: Tensor
+) -> tuple[Tensor, ...]:
+    """The loss, and its gradients by hidden and weight."""
+    loss = loss_of(hidden, weight, targets)
+    return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
+
+
+# %% book/14-bench.md, exported cell 20 (c6064306)
+def softmax_gradient(logits: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The sum of the losses of some rows, and the gradient of their logits (rows, V)."""
+    wide = logits.float()
+    right = F.one_hot(targets, logits.size(1))
+    loss = F.cross_entropy(wide, targets, reduction="sum") / count
+    return loss, ((wide.softmax(-1) - right) / count).to(logits.dtype)
+
+
+def loss_in_chunks(rows: int) -> Callable[..., tuple[Tensor, ...]]:
+    """A pass over `rows` at a time: the library's products, and what is between them compiled."""
+    compiled = torch.compile(softmax_gradient)
+
+    @torch.no_grad()
+    def once(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        d_weight, parts = torch.zeros_like(weight, dtype=torch.float32), []
+        for x, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+            loss, p = compiled(x @ weight.T, t, len(hidden))
+            parts.append((loss, p @ weight))
+            d_weight += p.T @ x
+        losses, d_hidden = zip(*parts, strict=True)
+        return torch.stack(losses).sum(), torch.cat(d_hidden), d_weight.to(weight.dtype)
+
+    return once
+
+
+LOSSES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    OURS: partial(loss_and_gradients, our_loss),
+    "F.cross_entropy": partial(loss_and_gradients, plain_loss),
+    "  the same, compiled": partial(loss_and_gradients, torch.compile(plain_loss)),
+    "  in chunks, compiled": loss_in_chunks(8192),
+}
+
+
+# %% book/14-bench.md, exported cell 21 (31257236)
+def extra_memory(function: Callable[[], Any], device: str) -> float | None:
+    """Gigabytes that a call takes at its worst moment, its results included; None on a CPU."""
+    if device == "cpu":
+        return None
+    function()  # what is allocated once and kept is not meant
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def three_products(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The products of a loss, from logits and back, and nothing between them."""
+    logits = hidden @ weight.T
+    return logits @ weight, logits.T @ hidden
+
+
+@torch.no_grad()
+def loss_inputs(shape: LossShape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """States like those after a norm, words as at a model's birth, and targets."""
+    torch.manual_seed(0)
+    hidden = torch.randn(shape.N, shape.D, device=device).to(dtype).requires_grad_()
+    weight = (0.02 * torch.randn(shape.V, shape.D, device=device)).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(shape.V, (shape.N,), device=device)
+
+
+def bench_loss(
+    shape: Iterable[str | Iterable[int]] = (), *, dtype: str = "", repeats: int | None = None,
+    device: str = "", contestants: dict[str, Callable] = LOSSES,
+) -> Iterator[Row]:  # fmt: skip
+    """The loss and its gradients beside the peers: a row for each shape and contestant.
+
+    `shape` holds "N,V,D" or three numbers each. Unless given, `dtype` is bfloat16 and `repeats` 50
+    on a GPU, float32 and 5 on a CPU. Contestants take hidden, weight and targets.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    repeats = (50 if device == "cuda" else 5) if repeats is None else repeats
+    if dtype not in TOLERANCES:
+        raise ValueError(f"{dtype} is not among the dtypes: {', '.join(TOLERANCES)}")
+    default = "32768,32000,256" if device == "cuda" else "512,32000,256"
+    for size in [LossShape.of(one) for one in shape or (default,)]:
+        given = loss_inputs(size, getattr(torch, dtype), device)
+        passes: dict[str, Callable] = {}
+        for name, function in contestants.items():
+            passes[name] = partial(function, *given)
+        about = {"title": f"loss, {size}, {dtype}", "shape": list(size), "dtype": dtype}
+        amount = 6e-12 * size.N * size.V * size.D
+        common: dict[str, Any] = dict(amount=amount, unit="TFLOP", device=device, repeats=repeats)
+        rows = contest("", "forward+backward", passes, tolerance=TOLERANCES[dtype], **common)
+        for row in rows:
+            if "skipped" not in row:
+                row["extra_gb"] = extra_memory(passes[row["contestant"]], device)
+            yield row | about
+        alone: dict[str, Callable] = {}
+        alone["three products"] = torch.no_grad()(partial(three_products, *given[:2]))
+        yield from (row | about for row in contest("", "alone", alone, tolerance=0, **common))
+
+
+# %% book/14-bench.md, exported cell 22 (d70ac6cd)
 def bench_ceilings(
     *, dtype: str = "", repeats: int | None = None, device: str = ""
 ) -> Iterator[Row]:
@@ -475,4 +614,5 @@ def bench_ceilings(
 CASES: dict[str, Callable[..., Iterator[Row]]] = {
     "attention": bench_attention,
     "ceilings": bench_ceilings,
+    "loss": bench_loss,
 }

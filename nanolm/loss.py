@@ -378,7 +378,7 @@ def loss_way_back(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return d_hidden * grad, (d_weight * grad).to(ctx.dtype), None, None, None
 
 
-# %% book/07-loss.md, exported cell 8 (c4d9be41)
+# %% book/07-loss.md, exported cell 8 (ef3d6c84)
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100
 ) -> Tensor:
@@ -397,9 +397,8 @@ def linear_cross_entropy(
     if targets.shape != hidden.shape[:-1] or not targets.numel():
         shapes = f"{tuple(targets.shape)} for hidden {tuple(hidden.shape)}"
         raise ValueError(f"there must be one target for each row of hidden, not {shapes}")
-    if targets.dtype != torch.int64 or not (
-        hidden.is_floating_point() and weight.is_floating_point()
-    ):
+    floating = hidden.is_floating_point() and weight.is_floating_point()
+    if targets.dtype != torch.int64 or not floating:
         kinds = f"{targets.dtype}, {hidden.dtype} and {weight.dtype}"
         raise ValueError(f"targets must be int64, hidden and weight floating point, not {kinds}")
     if not hidden.device == weight.device == targets.device:
