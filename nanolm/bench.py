@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 3ea922df
+# The seal of all that stands in no cell: 5be4bd83
 """`nanolm.bench`, derived in the book, where each line has its reason:
 
 - book/14-bench.md: Side by side
@@ -30,6 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from nanolm import __version__
+from nanolm.interpret import replaced
+from nanolm.model import ModelConfig, Transformer
 
 __all__ = [
     "Timing",
@@ -40,6 +42,8 @@ __all__ = [
     "bench_attention",
     "bench_ceilings",
     "bench_loss",
+    "bench_optim",
+    "bench_step",
 ]
 
 
@@ -189,9 +193,9 @@ def reason(error: Exception) -> str:
     return re.sub(r"(?<!\w)/\S*/", "", f"{type(error).__name__}: {first}")[:100]
 
 
-# %% book/14-bench.md, exported cell 9 (ebc3c9d7)
+# %% book/14-bench.md, exported cell 9 (96b346da)
 def admit(
-    contestants: dict[str, Callable], tolerance: float, device: str
+    contestants: dict[str, Callable], tolerance: float, sampler_of: Callable[[Callable], Sampler]
 ) -> tuple[dict[str, Sampler], dict[str, float], dict[str, str]]:
     """Run each contestant once, the peers first: samplers of those that agree with the first.
 
@@ -207,23 +211,26 @@ def admit(
             if not errors[name] <= tolerance:  # also if it is NaN
                 raise ValueError(f"wrong by {errors[name]:.2g}, tolerance {tolerance:.2g}")
             right = found if right is None else right
-            samplers[name] = sampler(contestants[name], device)
+            samplers[name] = sampler_of(contestants[name])
         except Exception as error:
             skipped[name] = reason(error)
     return samplers, errors, skipped
 
 
-# %% book/14-bench.md, exported cell 10 (c02b1c68)
+# %% book/14-bench.md, exported cell 10 (6fed0e03)
 def contest(
     title: str, work: str, contestants: dict[str, Callable], *, amount: float, unit: str,
     tolerance: float, repeats: int = 50, device: str = "cpu",
+    sampler_of: Callable[[Callable, str], Sampler] = sampler,
 ) -> Iterator[Row]:  # fmt: skip
     """Time the contestants that agree with the first peer, side by side; a row for each.
 
     `amount` of `unit`s is the work of one call: the rate is given in `unit` a second. A row holds
-    times in microseconds and their ratio to ours, or else `skipped`, the reason.
+    times in microseconds and their ratio to ours, or else `skipped`, the reason. `sampler_of` makes
+    the sampler of a call on a device.
     """
-    samplers, errors, skipped = admit(contestants, tolerance, device)
+    found = admit(contestants, tolerance, lambda call: sampler_of(call, device))
+    samplers, errors, skipped = found
     timings = race(samplers, repeats)
     ours = timings.get(OURS)
     for name in contestants:
@@ -586,7 +593,190 @@ def bench_loss(
         yield from (row | about for row in contest("", "alone", alone, tolerance=0, **common))
 
 
-# %% book/14-bench.md, exported cell 22 (d70ac6cd)
+# %% book/14-bench.md, exported cell 22 (02be9ae2)
+Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def usual_step(model: Any, loss_of: Callable, device: str, compiled: bool = False) -> Step:
+    """A training step as one writes it: autocast on a GPU, clipping, PyTorch's AdamW."""
+    fused = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    loss_function = torch.compile(loss_of) if compiled else loss_of
+
+    def step(inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            loss = loss_function(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        fused.step()
+        fused.zero_grad(set_to_none=True)
+        return (loss.detach(),)
+
+    return step
+
+
+def our_step(config: ModelConfig, device: str) -> Step:
+    """The step of this book."""
+    from nanolm.optim import AdamW, clip_grad_norm
+    from nanolm.step import GraphedStep
+
+    model = Transformer(config).to(device)
+    optimizer = AdamW(model.parameters(), lr=1e-4)
+    if device == "cuda":
+        graphed = GraphedStep(model, optimizer)
+        return lambda inputs, targets: graphed([(inputs, targets)])
+
+    def step(inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model.loss(inputs, targets)
+        loss.backward()
+        clip_grad_norm(model.parameters(), 1.0)
+        optimizer.step()
+        return (loss.detach(),)
+
+    return step
+
+
+def plain_step(config: ModelConfig, device: str, compiled: bool = False) -> Step:
+    """This model with PyTorch's attention and loss."""
+    from nanolm import flash
+
+    model = Transformer(config).to(device)
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    step = usual_step(model, loss_of, device, compiled)
+
+    def without_ours(inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        with replaced(flash, has_kernel=lambda q: False):
+            return step(inputs, targets)
+
+    return without_ours
+
+
+def transformers_step(config: ModelConfig, device: str, compiled: bool = False) -> Step:
+    """The Llama of this shape in `transformers`."""
+    transformers: Any = importlib.import_module("transformers")
+    shape = dict(
+        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_head, max_position_embeddings=config.max_seq_len,
+        tie_word_embeddings=True, rms_norm_eps=config.norm_eps, use_cache=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(device)
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = model(inputs).logits.float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return usual_step(model, loss_of, device, compiled)
+
+
+STEPS: dict[str, Callable[[ModelConfig, str], Step]] = {
+    OURS: our_step,
+    "PyTorch": plain_step,
+    "  the same, compiled": partial(plain_step, compiled=True),
+    "transformers": transformers_step,
+    "  the same, compiled ": partial(transformers_step, compiled=True),
+}
+
+
+# %% book/14-bench.md, exported cell 23 (93c3635b)
+def queued(function: Callable, device: str) -> Sampler:
+    """A sampler of calls that are queued one behind the other, with one wait at the end."""
+    return stopwatch(function, waited if device == "cuda" else time.perf_counter, span=0.1)
+
+
+def lazily(make: Callable[[], Step], *batch: Tensor) -> Callable[[], Any]:
+    """A call that makes its step when it is first called: a peer that is missing fails there."""
+    made: list[Step] = []
+
+    def call() -> Any:
+        if not made:
+            torch.manual_seed(0)
+            made.append(make())
+        return made[0](*batch)
+
+    return call
+
+
+def bench_step(
+    *, dtype: str = "", repeats: int | None = None, device: str = "", preset: str = "",
+    contestants: dict[str, Callable[[ModelConfig, str], Step]] = STEPS,
+) -> Iterator[Row]:  # fmt: skip
+    """A whole training step beside the peers; the rate is in tokens a second.
+
+    `preset` is a shape of `ModelConfig`: unless given, "default" on a GPU, "pocket" on a CPU, with
+    64 or 8 rows of its longest sequence. `dtype` is bfloat16 on a GPU and float32 on a CPU.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = "bfloat16" if device == "cuda" else "float32"
+    if dtype not in ("", kind):
+        raise ValueError(f"a step on {device} is timed in {kind}, not {dtype}")
+    preset = preset or ("default" if device == "cuda" else "pocket")
+    config, rows = ModelConfig.preset(preset), 64 if device == "cuda" else 8
+    torch.manual_seed(0)
+    ids = torch.randint(config.vocab_size, (rows, config.max_seq_len + 1), device=device)
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    passes: dict[str, Callable] = {}
+    for name, make in contestants.items():
+        passes[name] = lazily(partial(make, config, device), *batch)
+    found = contest(
+        f"step, {preset}, {rows} x {config.max_seq_len} tokens, {kind}", "step", passes,
+        amount=batch[0].numel(), unit="tok", tolerance=0.02, device=device,
+        repeats=(20 if device == "cuda" else 5) if repeats is None else repeats,
+        sampler_of=queued,
+    )  # fmt: skip
+    yield from ({"preset": preset, "rows": rows} | row for row in found)
+
+
+# %% book/14-bench.md, exported cell 24 (776d5cc0)
+def bench_optim(
+    *, dtype: str = "", repeats: int | None = None, device: str = "", preset: str = "default"
+) -> Iterator[Row]:
+    """Clipping and AdamW on all weights of a model, beside PyTorch's; in float32.
+
+    The rate counts 28 bytes a weight, which is what must be read and written.
+    """
+    from nanolm.optim import AdamW
+    from nanolm.step import GraphedStep
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype not in ("", "float32"):
+        raise ValueError(f"the optimizer works in float32, not {dtype}")
+    torch.manual_seed(0)
+    ours, theirs = (Transformer(ModelConfig.preset(preset)).to(device) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    step = GraphedStep(ours, AdamW(ours.parameters(), lr=1e-4), compiled=device == "cuda")
+    peer = torch.optim.AdamW(
+        theirs.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True,
+        capturable=device == "cuda",
+    )  # fmt: skip
+    twins = dict(zip(step.params, theirs.parameters(), strict=True))
+    for low, place in zip(step.params, step.places, strict=True):
+        place.normal_(std=1e-3)
+        twins[low].grad = place.clone()
+    step.prepare()
+
+    def our_update() -> tuple[Tensor, ...]:
+        step.update()
+        return tuple(ours.parameters())
+
+    def their_update() -> tuple[Tensor, ...]:
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        peer.step()
+        return tuple(theirs.parameters())
+
+    count = ours.num_parameters()
+    yield from contest(
+        f"optimizer, {preset}, {count:,} weights, float32", "clip and update",
+        {OURS: our_update, "PyTorch, fused": their_update}, amount=28e-12 * count, unit="TB",
+        tolerance=1e-4, repeats=(50 if device == "cuda" else 10) if repeats is None else repeats,
+        device=device,
+    )  # fmt: skip
+
+
+# %% book/14-bench.md, exported cell 25 (2033a96b)
 def bench_ceilings(
     *, dtype: str = "", repeats: int | None = None, device: str = ""
 ) -> Iterator[Row]:
@@ -615,4 +805,6 @@ CASES: dict[str, Callable[..., Iterator[Row]]] = {
     "attention": bench_attention,
     "ceilings": bench_ceilings,
     "loss": bench_loss,
+    "optim": bench_optim,
+    "step": bench_step,
 }

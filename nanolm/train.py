@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 
-# %% book/09-train.md, exported cell 1 (60a42d68)
+# %% book/09-train.md, exported cell 1 (c4d09f87)
 Log = Callable[[str], Any]
 
 
@@ -91,6 +91,7 @@ class TrainConfig:
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = _option("auto", "auto, float32 or bfloat16 (auto: bfloat16 on cuda)")
     compile: bool = _option(False, "compile the loss with torch.compile")
+    graph: bool = _option(True, "on cuda in bfloat16, compile the step and record it as a graph")
 
     def __post_init__(self) -> None:
         for name in ("data", "val_data"):
@@ -466,7 +467,7 @@ def append_metrics(run: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-# %% book/09-train.md, exported cell 18 (2aa2cac3)
+# %% book/09-train.md, exported cell 18 (7ab78374)
 @dataclass
 class Run:
     """All that a training run holds between two steps."""
@@ -479,12 +480,13 @@ class Run:
     batches: Batches
     val_batches: Batches
     loss_of: LossFunction
+    graphed: Any = None  # a GraphedStep, where there is one
     step: int = 0
     pending: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
     clock: float = field(default_factory=time.perf_counter)
 
 
-# %% book/09-train.md, exported cell 19 (0157f56a)
+# %% book/09-train.md, exported cell 19 (c0e87309)
 def train_step(run: Run) -> None:
     """One optimizer step. Nothing here waits for the device: loss and norm stay tensors."""
     c, device = run.config, next(run.model.parameters()).device
@@ -494,10 +496,13 @@ def train_step(run: Run) -> None:
         group["lr"] = lr
     first = run.step * c.grad_accum  # the data cursor
     micro = (to_device(run.batches.batch(first + i), device) for i in range(c.grad_accum))
-    run.optimizer.zero_grad(set_to_none=True)
-    loss = accumulate(run.loss_of, micro, c.grad_accum)
-    norm = clip_grad_norm(run.model.parameters(), c.grad_clip or float("inf"))
-    run.optimizer.step()
+    if run.graphed is not None:
+        loss, norm = run.graphed(micro)
+    else:
+        run.optimizer.zero_grad(set_to_none=True)
+        loss = accumulate(run.loss_of, micro, c.grad_accum)
+        norm = clip_grad_norm(run.model.parameters(), c.grad_clip or float("inf"))
+        run.optimizer.step()
     run.step += 1
     run.pending.append((loss, norm, lr))
 
@@ -628,7 +633,7 @@ def restore(run: Run, log: Log) -> None:
         log(f"{run.folder} is already finished: it has done its {run.step} steps")
 
 
-# %% book/09-train.md, exported cell 27 (27529db4)
+# %% book/09-train.md, exported cell 27 (b3b5e5fa)
 def open_run(
     model_config: ModelConfig, config: TrainConfig, *, resume: bool, log: Log, progress: bool
 ) -> Run:
@@ -654,6 +659,12 @@ def open_run(
     run = Run(config, folder, tokenizer, model, optimizer, batches, val_batches, loss_of)
     if resume:
         restore(run, log)
+    if config.graph and device.type == "cuda" and config.dtype != "float32":
+        from nanolm.step import GraphedStep  # which is derived after this chapter
+
+        limits: Any = {"grad_accum": config.grad_accum, "grad_clip": config.grad_clip}
+        run.graphed = GraphedStep(model, optimizer, **limits)
+        run.loss_of = run.graphed.loss
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / "tokenizer.json")
     configs = {"model": asdict(model_config), "train": asdict(config)}
