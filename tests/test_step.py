@@ -1,0 +1,172 @@
+"""The recorded step against the plain one, which test_train.py holds to the paper."""
+
+import copy
+
+import pytest
+import torch
+
+from nanolm.model import ModelConfig, Transformer
+from nanolm.optim import AdamW, clip_grad_norm, decay_groups
+from nanolm.step import GraphedStep, adopt, side_by_side
+from nanolm.train import accumulate, pack_optimizer, unpack_optimizer
+
+CONFIG = ModelConfig(vocab_size=61, n_layer=2, d_model=32, n_head=2, d_ff=40, max_seq_len=12)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def micro_batches(count=1, rows=4, device="cpu"):
+    ids = torch.randint(CONFIG.vocab_size, (count, rows, 13)).to(device)
+    return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids]
+
+
+def pair(lr=1e-2, device="cpu"):
+    """Two equal models, each with its optimizer."""
+    model = Transformer(CONFIG).to(device)
+    models = model, copy.deepcopy(model)
+    return [(one, AdamW(decay_groups(one, 0.1), lr=lr)) for one in models]
+
+
+def plain_step(model, optimizer, micro, limit):
+    optimizer.zero_grad()
+    loss = accumulate(model.loss, micro, len(micro))
+    norm = clip_grad_norm(model.parameters(), limit or float("inf"))
+    optimizer.step()
+    return loss, norm
+
+
+def exact(model, optimizer, **options):
+    """A step in float32, uncompiled: what it computes is what the plain one does."""
+    return GraphedStep(model, optimizer, dtype=torch.float32, compiled=False, **options)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("limit", [0, 0.3, 100.0])
+def test_in_float32_it_is_the_plain_step(count, limit):
+    (one, plain), (two, optimizer) = pair()
+    step = exact(two, optimizer, grad_accum=count, grad_clip=limit)
+    for t in range(4):
+        for group in (*plain.param_groups, *optimizer.param_groups):
+            group["lr"] = 1e-2 / (t + 1)
+        micro = micro_batches(count)
+        for a, b in zip(plain_step(one, plain, micro, limit), step(micro), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-6)
+    states = pack_optimizer(one, plain), pack_optimizer(two, optimizer)
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.allclose(value, states[1][name], atol=1e-6), name
+
+
+def test_parameters_and_state_become_views_with_the_same_values():
+    ((model, optimizer), _) = pair()
+    plain_step(model, optimizer, micro_batches(), 1.0)
+    before = copy.deepcopy(model.state_dict()), copy.deepcopy(pack_optimizer(model, optimizer))
+    step = exact(model, optimizer)
+    after = model.state_dict(), pack_optimizer(model, optimizer)
+    for old, new in zip(before, after, strict=True):
+        assert old.keys() == new.keys()
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    row = step.rows[0].weight
+    row.fill_(7)
+    assert model.embedding.weight.unique().tolist() == [7]
+    assert not (model.norm.weight == 7).any()  # in the row that does not decay
+
+
+def test_the_low_copy_is_the_rounded_master():
+    ((model, optimizer), _) = pair()
+    step = GraphedStep(model, optimizer, compiled=False)
+    for _ in range(3):
+        step(micro_batches())
+        for high, low in zip(model.parameters(), step.twin.parameters(), strict=True):
+            assert torch.equal(high.bfloat16(), low)
+
+
+def test_in_bfloat16_it_learns_what_the_plain_step_learns():
+    (one, plain), (two, optimizer) = pair()
+    step, micro = GraphedStep(two, optimizer, compiled=False), micro_batches()
+    for _ in range(25):
+        loss, _ = plain_step(one, plain, micro, 1.0)
+        low, _ = step(micro)
+    assert loss < 1.0 and abs(low - loss) < 0.1
+
+
+def test_interrupted_and_resumed_bit_for_bit():
+    (one, first), (two, second) = pair()
+    batches = [micro_batches() for _ in range(6)]
+    step = GraphedStep(one, first, compiled=False)
+    for micro in batches:
+        step(micro)
+    step = GraphedStep(two, second, compiled=False)
+    for micro in batches[:3]:
+        step(micro)
+    weights = {name: x.clone() for name, x in two.state_dict().items()}
+    moments = {name: x.clone() for name, x in pack_optimizer(two, second).items()}
+    again = Transformer(CONFIG)
+    again.load_state_dict(weights)
+    third = AdamW(decay_groups(again, 0.1), lr=1e-2)
+    unpack_optimizer(again, third, moments)
+    step = GraphedStep(again, third, compiled=False)
+    for micro in batches[3:]:
+        step(micro)
+    for a, b in zip(one.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm():
+    ((model, optimizer), _) = pair()
+    step = exact(model, optimizer)
+    with torch.no_grad():
+        step.rows[1].low[0] = float("inf")
+    _, norm = step(micro_batches())
+    assert not norm.isfinite()
+
+
+def test_validation_is_the_loss_of_the_low_copy():
+    ((model, optimizer), _) = pair()
+    step = GraphedStep(model, optimizer, compiled=False)
+    (batch,) = micro_batches()
+    assert torch.equal(step.loss(*batch), step.twin.loss(*batch))
+    assert not step.loss(*batch).requires_grad
+
+
+def test_a_row_begins_each_tensor_at_16_bytes():
+    sizes = (3, 8, 9, 1)
+    row, views = side_by_side([torch.full((n,), float(n)) for n in sizes], torch.bfloat16)
+    assert [view.storage_offset() for view in views] == [0, 8, 16, 32] and len(row) == 40
+    assert [view.tolist() for view in views] == [[float(n)] * n for n in sizes]
+
+
+def test_groups_without_parameters_are_left_out():
+    model = torch.nn.Linear(3, 2, bias=False)
+    optimizer = AdamW(decay_groups(model, 0.1))
+    twin = copy.deepcopy(model)
+    rows, params, places = adopt(optimizer, {model.weight: twin.weight}, torch.float32)
+    assert len(rows) == 1 and params == [twin.weight] and places[0].shape == (2, 3)
+
+
+@on_gpu
+def test_recorded_and_compiled_it_learns_the_same():
+    (one, plain), (two, optimizer) = pair(device="cuda")
+    step, micro = GraphedStep(two, optimizer, grad_accum=2), micro_batches(2, device="cuda")
+    for t in range(25):
+        loss, norm = plain_step(one, plain, micro, 1.0)
+        low, low_norm = step(micro)
+        if t == 0:
+            assert torch.allclose(loss, low, rtol=1e-2) and torch.allclose(
+                norm, low_norm, rtol=3e-2
+            )
+    assert loss < 1.0 and abs(low - loss) < 0.1
+    assert optimizer.state[two.norm.weight]["step"].item() == 25
+    value = step.loss(*micro[0])
+    assert torch.allclose(value, step.twin.loss(*micro[0]), rtol=1e-2)
