@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 5ec579e1
+# The seal of all that stands in no cell: 5650925d
 """`nanolm.step`, derived in the book, where each line has its reason:
 
 - book/09b-step.md: A step without waiting
@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from nanolm.model import Transformer
+from nanolm.model import Attention, SwiGLU, Transformer, apply_rotary, attention
 from nanolm.optim import AdamW
 
 __all__ = [
@@ -105,7 +106,39 @@ def adopt(
     return found, low_params, places
 
 
-# %% book/09b-step.md, exported cell 4 (a1b170c5)
+# %% book/09b-step.md, exported cell 4 (3d5715f7)
+def one_product(x: Tensor, *layers: torch.nn.Linear) -> tuple[Tensor, ...]:
+    """layer(x) for each of the layers, which have no biases, by one product of matrices."""
+    weight = torch.cat([layer.weight for layer in layers])
+    return F.linear(x, weight).split([len(layer.weight) for layer in layers], -1)
+
+
+class MergedAttention(Attention):
+    """`Attention` as it is in training, without a cache: q, k and v by one product."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> Tensor:
+        q, k, v = map(self.heads, one_product(x, self.q_proj, self.k_proj, self.v_proj))
+        out = attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MergedSwiGLU(SwiGLU):
+    """`SwiGLU`, with both ways up by one product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = one_product(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def twin_of(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """A copy of a model in another type, that computes with fewer and larger products."""
+    twin = copy.deepcopy(model).to(dtype)
+    for block in twin.blocks:
+        block.attn.__class__, block.mlp.__class__ = MergedAttention, MergedSwiGLU
+    return twin
+
+
+# %% book/09b-step.md, exported cell 5 (a1b170c5)
 def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     """A CUDA graph of what a function launches, and what it returned: tensors that replays fill."""
     stream = torch.cuda.Stream()
@@ -121,7 +154,7 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 5 (bbfe1609)
+# %% book/09b-step.md, exported cell 6 (569baed3)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
@@ -137,7 +170,7 @@ class GraphedStep:
         dtype: torch.dtype = torch.bfloat16, compiled: bool = True,
     ) -> None:  # fmt: skip
         self.optimizer, self.count, self.limit = optimizer, grad_accum, grad_clip or float("inf")
-        self.twin = copy.deepcopy(model).to(dtype)
+        self.twin = twin_of(model, dtype)
         twins: Any = dict(zip(model.parameters(), self.twin.parameters(), strict=True))
         self.rows, self.params, self.places = adopt(optimizer, twins, dtype)
         self.device = self.params[0].device

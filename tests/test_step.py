@@ -61,11 +61,11 @@ def test_in_float32_it_is_the_plain_step(count, limit):
         for a, b in zip(plain_step(one, plain, micro, limit), step(micro), strict=True):
             assert torch.allclose(a, b, rtol=1e-5)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=2e-6)
+        assert torch.allclose(a, b, atol=2e-5)
     states = pack_optimizer(one, plain), pack_optimizer(two, optimizer)
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
-        assert torch.allclose(value, states[1][name], atol=1e-6), name
+        assert torch.allclose(value, states[1][name], atol=1e-5), name
 
 
 def test_parameters_and_state_become_views_with_the_same_values():
