@@ -54,14 +54,15 @@ def exact(model, optimizer, **options):
 def test_in_float32_it_is_the_plain_step(count, limit):
     (one, plain), (two, optimizer) = pair()
     step = exact(two, optimizer, grad_accum=count, grad_clip=limit)
+    start = [weight.detach().clone() for weight in one.parameters()]
     for t in range(4):
         for group in (*plain.param_groups, *optimizer.param_groups):
             group["lr"] = 1e-2 / (t + 1)
         micro = micro_batches(count)
         for a, b in zip(plain_step(one, plain, micro, limit), step(micro), strict=True):
             assert torch.allclose(a, b, rtol=1e-5)
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=2e-5)
+    for a, b, c in zip(one.parameters(), two.parameters(), start, strict=True):
+        assert (a - b).norm() <= 1e-3 * (a - c).norm()
     states = pack_optimizer(one, plain), pack_optimizer(two, optimizer)
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
