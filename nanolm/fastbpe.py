@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 56a16870
+# The seal of all that stands in no cell: 4b7f08e7
 """`nanolm.fastbpe`, derived in the book, where each line has its reason:
 
 - book/01b-fastbpe.md: The tokenizer, at speed
@@ -95,7 +95,7 @@ __all__ = [
     "merge_columns",
     "merge_tops",
     "merge_words",
-    "merge_long",
+    "merge_row",
     "POOL",
     "mark_of",
     "Encoder",
@@ -128,8 +128,9 @@ __all__ = [
     "save_known",
     "open_encoder",
     "encode_part",
+    "encode_parts",
     "encode_texts",
-    "encode_documents",
+    "encode_array",
 ]
 
 
@@ -287,8 +288,8 @@ def find_starts(block: bytes, pattern: str) -> np.ndarray:
     return first_bytes.take(np.flatnonzero(starts(classes.take(codes), codes)))
 
 
-# %% book/01b-fastbpe.md, exported cell 7 (633af275)
-BLOCK = 1 << 18  # bytes
+# %% book/01b-fastbpe.md, exported cell 7 (9222d6bc)
+BLOCK = 1 << 21  # bytes
 
 
 def last_safe(block: bytes, starts: np.ndarray) -> int:
@@ -322,7 +323,7 @@ def cut_blocks(data: bytes, pattern: str) -> Iterator[tuple[bytes, np.ndarray]]:
         at, size = at + len(block), BLOCK
 
 
-# %% book/01b-fastbpe.md, exported cell 8 (531e241d)
+# %% book/01b-fastbpe.md, exported cell 8 (d89cc1a4)
 EMPTY = np.uint64(0xFF)  # no word in UTF-8 begins with 0xFF and goes on with something else
 APART = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # SEPARATOR, as a word
 FILL = np.array([(1 << 64) - (1 << 8 * n) for n in range(9)], np.uint64)
@@ -374,11 +375,10 @@ class WordTable:
         if 2 * (self.words + len(values)) > len(self.values):
             self.grow(len(values))
         slot, left = self.slots(columns), np.arange(len(values))
-        owner = np.empty(len(self.values), np.int64)
         while len(left):
             free = left[self.keys[0].take(slot[left]) == EMPTY]
-            owner[slot[free]] = free  # several may claim a slot; one of them stays written
-            won = free[owner[slot[free]] == free]
+            self.values[slot[free]] = free  # several may claim a slot; one of them stays written
+            won = free[self.values[slot[free]] == free]
             for key, column in zip(self.keys, columns, strict=True):
                 key[slot[won]] = column[won]
             self.values[slot[won]] = values[won]
@@ -470,7 +470,7 @@ class WordMap:
         return [self.long[word] for word in words]
 
 
-# %% book/01b-fastbpe.md, exported cell 10 (ea3e50ad)
+# %% book/01b-fastbpe.md, exported cell 10 (df5eaf24)
 Counts = list[tuple[list[np.ndarray], np.ndarray]]  # for each width: words in columns, counts
 
 
@@ -513,8 +513,8 @@ class WordCounter(WordMap):
             self.counts[: len(found)] += found
             self.seen, self.waiting = [], 0
 
-    def result(self) -> tuple[Counts, dict[bytes, int]]:
-        """The words and their counts."""
+    def take(self) -> tuple[Counts, dict[bytes, int]]:
+        """The words and their counts, which begin again at 0; the words stay known."""
         self.flush()
         self.counts[0] = 0
         found = []
@@ -522,7 +522,11 @@ class WordCounter(WordMap):
             columns, numbers = table.items()
             kept = np.flatnonzero(self.counts[numbers])
             found.append(([column[kept] for column in columns], self.counts[numbers[kept]]))
-        return found, {word: int(self.counts[number]) for word, number in self.long.items()}
+        numbers = np.fromiter(self.long.values(), np.int64, len(self.long))
+        counts = self.counts[numbers].tolist()
+        long = {word: n for word, n in zip(self.long, counts, strict=True) if n}
+        self.counts[:] = 0
+        return found, long
 
     def add(self, counts: Counts, long: dict[bytes, int]) -> None:
         """Add the result of another counter."""
@@ -648,7 +652,7 @@ class Row:
         return list(zip(ids[cut].tolist(), weights.tolist(), slices, strict=True))
 
 
-# %% book/01b-fastbpe.md, exported cell 13 (f08cbe4d)
+# %% book/01b-fastbpe.md, exported cell 13 (48869e0a)
 BITS = 32  # of an id, where a pair is packed into one number
 LOW = (1 << BITS) - 1
 
@@ -696,13 +700,18 @@ def learn_row(
         merges.append((left, right))
         before, after = row.merge(left, right, new, places.pop(pair))
         del counts[pair]
-        gained = [(x << BITS | left, x << BITS | new, n, at) for x, n, at in before]
-        for x, n, at in after:
-            gained.append((right << BITS | (left if x == new else x), new << BITS | x, n, at))
-        for lost, born, weight, where in gained:
-            if lost in counts:
+        for x, weight, where in before:  # x left becomes x new
+            if (lost := x << BITS | left) in counts:
                 counts[lost] -= weight
             if weight >= floor:
+                born = x << BITS | new
+                counts[born], places[born] = weight, where
+                heappush(heap, -weight << 2 * BITS | born)
+        for x, weight, where in after:  # right x becomes new x
+            if (lost := right << BITS | (left if x == new else x)) in counts:
+                counts[lost] -= weight
+            if weight >= floor:
+                born = new << BITS | x
                 counts[born], places[born] = weight, where
                 heappush(heap, -weight << 2 * BITS | born)
         if tell:
@@ -732,9 +741,9 @@ class PairTable:
         return values.astype(np.int32)
 
 
-# %% book/01b-fastbpe.md, exported cell 15 (677b8e46)
+# %% book/01b-fastbpe.md, exported cell 15 (b2b76fa6)
 def merge_columns(ids: np.ndarray, pairs: PairTable) -> np.ndarray:
-    """Merge words side by side, each a column of byte ids, -1 below its end; int32 (w, M), w < 64.
+    """Merge words side by side, each a column of byte ids, -1 below its end; int32 (w, M), w <= 64.
 
     Returns their tokens, each where its first byte was, and -1 elsewhere.
     """
@@ -784,16 +793,16 @@ def merge_words(columns: list[np.ndarray], pairs: PairTable) -> tuple[np.ndarray
     return tokens[kept], kept.sum(1)
 
 
-# %% book/01b-fastbpe.md, exported cell 17 (2a91cc08)
-def merge_long(
-    words: list[bytes], ranks: Mapping[TokenPair, int], sizes: list[int]
+# %% book/01b-fastbpe.md, exported cell 17 (ac5f3692)
+def merge_row(
+    words: list[bytes], tokenizer: Tokenizer, sizes: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merge long words, all in one row: their tokens one after another, and how many of each.
+    """Merge words of any length in one row: their tokens one after another, and how many of each.
 
     `sizes` holds the bytes of every token. A rank at a time, at all its places: O(n log n).
     """
-    row_ids, weights = lay_row([], dict.fromkeys(words, 1))
-    row, merges = Row(row_ids, weights, sizes, len(sizes)), {new: p for p, new in ranks.items()}
+    row = Row(*lay_row([], dict.fromkeys(words, 1)), sizes, len(sizes))
+    ranks, merges = tokenizer.ranks, tokenizer.merges
     waiting: dict[int, list[Places]] = {}
     _, places, _ = register(row, 1)
     found = [(pair >> BITS, pair & LOW, where) for pair, where in places.items()]
@@ -807,7 +816,7 @@ def merge_long(
         if not heap:
             break
         new = heappop(heap)
-        (left, right), where = merges[new], np.concatenate(waiting.pop(new))
+        (left, right), where = merges[new - 256], np.concatenate(waiting.pop(new))
         before, after = row.merge(left, right, new, where.astype(np.int32))
         found = [(x, new, places) for x, _, places in before]
         found += [(new, x, places) for x, _, places in after]
@@ -816,7 +825,7 @@ def merge_long(
     return tokens[tokens != row.end], np.diff(ends) - 1
 
 
-# %% book/01b-fastbpe.md, exported cell 18 (05056db1)
+# %% book/01b-fastbpe.md, exported cell 18 (20995ad8)
 POOL = 1 << 24  # ids of words that are kept; beyond, all are forgotten
 
 
@@ -832,7 +841,7 @@ class Encoder(WordMap):
     """
 
     def __init__(self, tokenizer: Tokenizer, known: Mapping[str, np.ndarray] | None = None) -> None:
-        self.pattern, self.ranks = tokenizer.pattern, tokenizer.ranks
+        self.tokenizer = tokenizer
         self.mark = mark_of(tokenizer)
         self.sizes = [len(tokenizer.token_bytes(i)) for i in range(256 + len(tokenizer.merges))]
         self.pairs, self.known, self.lock = PairTable(tokenizer.merges), known or {}, Lock()
@@ -864,12 +873,19 @@ class Encoder(WordMap):
         return self.store(*merge_words(columns, self.pairs))
 
     def learn_long(self, words: list[bytes]) -> np.ndarray:
-        return self.store(*merge_long(words, self.ranks, self.sizes))
+        values = np.zeros(len(words), np.int64)
+        wide = np.array([len(word) < 64 for word in words])
+        some = b"".join([word.ljust(64, b"\xff") for word in words if len(word) < 64])
+        if some:
+            values[wide] = self.learn([*np.frombuffer(some, "<u8").reshape(-1, 8).T])
+        rest = [word for word in words if len(word) >= 64]
+        values[~wide] = self.store(*merge_row(rest, self.tokenizer, self.sizes))
+        return values
 
     def encode(self, data: bytes) -> np.ndarray:
         """The ids of UTF-8 documents, each ended by SEPARATOR, for which stands the id `mark`."""
         with self.lock:  # for threads that share a tokenizer
-            found = [self._gather(*block) for block in cut_blocks(data, self.pattern)]
+            found = [self._gather(*block) for block in cut_blocks(data, self.tokenizer.pattern)]
         return np.concatenate([np.empty(0, self.dtype), *found])
 
     def _gather(self, block: bytes, starts: np.ndarray) -> np.ndarray:
@@ -1008,7 +1024,7 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-# %% book/01b-fastbpe.md, exported cell 23 (aae2909a)
+# %% book/01b-fastbpe.md, exported cell 23 (02dd8358)
 PART = 1 << 24  # bytes for one task of a worker
 SAFE_CUT = re.compile(  # after a newline between two visible characters, the second of them not <
     rb"(?<![\x00-\x20])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\xaf])"
@@ -1035,13 +1051,9 @@ def read_part(path: Path, begin: int, end: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(begin)
         data, ends = file.read(end - begin), end == path.stat().st_size
-    if not data.isascii():
-        try:
-            data.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
     data = data.removeprefix(b"\xef\xbb\xbf" if begin == 0 else b"")
-    data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if b"\r" in data:
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     documents, at = [], 0
     for match in END_LINE.finditer(data):
         before = data[max(at, match.start() - 99) : match.start()].rstrip(b" \t\f\v")
@@ -1050,6 +1062,10 @@ def read_part(path: Path, begin: int, end: int) -> bytes:
             at = match.end()
     last = data[at:].lstrip(b"\n")
     whole = [text.strip(b"\n") for text in documents] + [last.rstrip(b"\n") if ends else last]
+    try:
+        all(text.isascii() or text.decode() for text in whole if text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
     return b"".join(text + SEPARATOR for text in whole if text)
 
 
@@ -1064,12 +1080,12 @@ def open_texts(texts: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
             yield text
 
 
-# %% book/01b-fastbpe.md, exported cell 24 (07c9b44a)
+# %% book/01b-fastbpe.md, exported cell 24 (ab5b64bc)
 Texts = Iterable[str | os.PathLike[str]]
 
 
-def cut_texts(texts: Texts) -> Iterator[bytes | Part]:
-    """Tasks of about PART bytes: documents, each ended by SEPARATOR, or parts of text files."""
+def cut_texts(texts: Texts, part: int = PART) -> Iterator[bytes | Part]:
+    """Tasks of about `part` bytes: documents, each ended by SEPARATOR; or parts of text files."""
     waiting, size = [], 0
     for text in texts:
         if isinstance(text, os.PathLike):
@@ -1077,17 +1093,19 @@ def cut_texts(texts: Texts) -> Iterator[bytes | Part]:
             continue
         waiting.append(well_formed(text).encode() + SEPARATOR)
         size += len(waiting[-1])
-        if size >= PART:
+        if size >= part:
             yield b"".join(waiting)
             waiting, size = [], 0
     yield b"".join(waiting)
 
 
-def count_part(part: bytes | Part, pattern: str) -> tuple[Counts, dict[bytes, int], int]:
+def count_part(
+    part: bytes | Part, pattern: str, counter: WordCounter
+) -> tuple[Counts, dict[bytes, int], int]:
     """What a worker does: count the words of a part; also returns its bytes."""
-    data, counter = part if isinstance(part, bytes) else read_part(*part), WordCounter()
+    data = part if isinstance(part, bytes) else read_part(*part)
     counter.count(data, pattern)
-    return *counter.result(), len(data)
+    return *counter.take(), len(data)
 
 
 def count_all(texts: Texts, pattern: str, workers: int, progress: bool) -> WordCounter:
@@ -1095,7 +1113,7 @@ def count_all(texts: Texts, pattern: str, workers: int, progress: bool) -> WordC
     counter, parts = WordCounter(), cut_texts(texts)
     show: Any = dict(unit="B", unit_scale=True, disable=not progress)
     with tqdm(desc="counting words", **show) as bar:
-        for counts, long, size in in_order(count_part, parts, workers, 2, pattern):
+        for counts, long, size in in_order(count_part, parts, workers, 2, pattern, WordCounter()):
             counter.add(counts, long)
             bar.update(size)
     return counter
@@ -1105,7 +1123,7 @@ def train_merges(
     texts: Texts, limit: int, pattern: str, *, workers: int | None, progress: bool
 ) -> tuple[list[TokenPair], Known]:
     """Learn up to `limit` merges; also returns the most frequent words, split by them."""
-    counts, long = count_all(texts, pattern, count_workers(workers), progress).result()
+    counts, long = count_all(texts, pattern, count_workers(workers), progress).take()
     ids, weights = lay_row(counts, long)
     limit = min(limit, len(ids))
     row, names = Row(ids, weights, [1] * 256, 256 + limit), [spell(bytes([b])) for b in BYTE_OF_ID]
@@ -1122,7 +1140,7 @@ def train_merges(
     return merges, known_words(counts, row)
 
 
-# %% book/01b-fastbpe.md, exported cell 25 (5287aa7f)
+# %% book/01b-fastbpe.md, exported cell 25 (06ea8f6e)
 def own_words(tokenizer: Tokenizer) -> Known:
     """The tokens of a tokenizer taken for words, and their ids, as `known_words` gives them."""
     tokens = [tokenizer.token_bytes(i) for i in range(256 + len(tokenizer.merges))]
@@ -1160,23 +1178,30 @@ def encode_part(data: bytes, tokenizer: Tokenizer) -> np.ndarray:
     return tokenizer._bulk.encode(data)
 
 
+def encode_parts(
+    tokenizer: Tokenizer, texts: Iterable[str], workers: int = 1
+) -> Iterator[np.ndarray]:
+    """The ids of texts, each closed by the id `mark_of(tokenizer)`, in arrays of a few million."""
+    return in_order(encode_part, cut_texts(texts, 2 * BLOCK), workers, 4, tokenizer)
+
+
 def encode_texts(
     tokenizer: Tokenizer, texts: Iterable[str], workers: int = 1
 ) -> Iterator[list[int]]:
     """Yield the ids of each text."""
-    parts = in_order(encode_part, cut_texts(texts), workers, 2, tokenizer)
     mark = mark_of(tokenizer)
-    for ids in parts:
+    for ids in encode_parts(tokenizer, texts, workers):
         ends, found, at = np.flatnonzero(ids == mark).tolist(), ids.tolist(), 0
         for end in ends:
             yield found[at:end]
             at = end + 1
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
-    """The ids of all texts, each closed by end-of-text, in one array."""
+def encode_array(tokenizer: Tokenizer, texts: Iterable[str], *, workers: int = 1) -> np.ndarray:
+    """The ids of all texts in one array of uint16 or uint32, each text closed by end-of-text."""
+    kind, end = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32, tokenizer.end_of_text
     if tokenizer.pattern in SPLITTERS:
-        data = b"".join(well_formed(text).encode() + SEPARATOR for text in texts)
-        return encode_part(data, tokenizer)
-    ids = [[*tokenizer.encode(text), tokenizer.end_of_text] for text in texts]
-    return np.array([i for document in ids for i in document], np.int64)
+        found = [*encode_parts(tokenizer, texts, workers)]
+    else:
+        found = [np.array([*tokenizer.encode(text), end], kind) for text in texts]
+    return np.concatenate([np.empty(0, kind), *found], dtype=kind)
