@@ -319,7 +319,7 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 9 (e5421307)
+# %% book/16-command-line.md, exported cell 9 (75e38c52)
 Command = Callable[[argparse.Namespace], int]
 SOURCES = 'files, folders, globs, "fables" or "hf:NAME"'
 
@@ -395,6 +395,13 @@ def build_parser() -> Parser:
             p.add_argument("--shape", nargs="+", metavar="SHAPE", help=words)
             p.add_argument("--causal", action="store_true", default=None, help="causal (default)")
             p.add_argument("--full", action="store_false", dest="causal", help="no mask")
+        if name == "tokenizer":
+            p.add_argument("--text", help="documents, each ended by a line <|endoftext|>")
+            p.add_argument("--sizes", nargs="+", type=float, metavar="MB", help="to learn from")
+            p.add_argument("--unseen", type=float, metavar="MB", help="to encode (default: 50)")
+            p.add_argument("--vocab-size", type=int, help="ids in all (default: 32000)")
+            p.add_argument("--split", choices=tuple(SPLITS), help="pattern (default: gpt2)")
+            p.add_argument("--cores", type=int, help="CPUs for each (default: 2)")
 
     p = command("plot", plot_command, "draw the loss curves of runs")
     p.add_argument("runs", nargs="+", help="folders of runs")

@@ -621,9 +621,9 @@ def encode_documents(
     return {s: Piece(encode_array(tokenizer, mine), log_prob[s]) for s, mine in found.items()}
 
 
-# %% book/02-data.md, exported cell 18 (eae58143)
-CHUNK = 1 << 21  # characters for one task of a worker
-FEW = 3  # chunks; for less it does not pay to start a process
+# %% book/02-data.md, exported cell 18 (29c54b79)
+CHUNK = 1 << 20  # characters for one task of a worker
+FEW = 4  # chunks; for less it does not pay to start a process
 
 
 def cut_chunks(documents: Iterator[str], label: str) -> Iterator[tuple[list[str], str]]:
@@ -746,7 +746,7 @@ def is_fables(sources: str | Sequence[str]) -> bool:
     return all(str(name).split(":")[0] == "fables" for name in names)
 
 
-# %% book/02-data.md, exported cell 22 (c4138c33)
+# %% book/02-data.md, exported cell 22 (fc25096b)
 def sweep(out: Path) -> None:
     """Remove the hidden folders of killed runs: those in which nothing changed for a day."""
     for part in out.glob(".part-*"):
@@ -788,7 +788,7 @@ def prepare(
     sweep(out)
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=out))
     try:
-        tokenizer.save(part / "tokenizer.json")
+        tokenizer.save(part / "tokenizer.json", compiled=True)
         show: Any = dict(desc="encoding", unit=" documents", disable=not progress)
         chunked = (cut_chunks(tqdm(text, **show), label) for label, text in texts.items())
         weighed = all(map(is_fables, named.values()))

@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 4b7f08e7
+# The seal of all that stands in no cell: b3dda4b0
 """`nanolm.fastbpe`, derived in the book, where each line has its reason:
 
 - book/01b-fastbpe.md: The tokenizer, at speed
@@ -125,8 +125,8 @@ __all__ = [
     "count_all",
     "train_merges",
     "own_words",
+    "know",
     "save_known",
-    "open_encoder",
     "encode_part",
     "encode_parts",
     "encode_texts",
@@ -1024,8 +1024,8 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-# %% book/01b-fastbpe.md, exported cell 23 (02dd8358)
-PART = 1 << 24  # bytes for one task of a worker
+# %% book/01b-fastbpe.md, exported cell 23 (aabc5e7e)
+PART = 1 << 23  # bytes for one task of a worker
 SAFE_CUT = re.compile(  # after a newline between two visible characters, the second of them not <
     rb"(?<![\x00-\x20])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\xaf])"
     rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)\n(?=[!-;=-~\xc3-\xe0\xe4-\xf4])"
@@ -1140,7 +1140,7 @@ def train_merges(
     return merges, known_words(counts, row)
 
 
-# %% book/01b-fastbpe.md, exported cell 25 (06ea8f6e)
+# %% book/01b-fastbpe.md, exported cell 25 (013006c9)
 def own_words(tokenizer: Tokenizer) -> Known:
     """The tokens of a tokenizer taken for words, and their ids, as `known_words` gives them."""
     tokens = [tokenizer.token_bytes(i) for i in range(256 + len(tokenizer.merges))]
@@ -1155,26 +1155,25 @@ def own_words(tokenizer: Tokenizer) -> Known:
     return known | {"sizes": sizes.astype(np.uint8)}
 
 
-def save_known(tokenizer: Tokenizer, path: Path) -> None:
-    """Write the words that a tokenizer knows, or else its own tokens, beside its JSON."""
-    known = tokenizer.known if isinstance(tokenizer.known, dict) else own_words(tokenizer)
-    write_known(path, tokenizer.fingerprint, known)
-
-
-def open_encoder(tokenizer: Tokenizer) -> Encoder:
-    """An encoder for a tokenizer; a file of known words that does not fit it is made again."""
+def know(tokenizer: Tokenizer) -> Known | None:
+    """The words that a tokenizer knows; a file of them that does not fit it is made again."""
     if isinstance(tokenizer.known, Path):
         path, tokenizer.known = tokenizer.known, read_known(tokenizer.known, tokenizer.fingerprint)
         if tokenizer.known is None:
             tokenizer.known = own_words(tokenizer)
             with suppress(OSError):  # a folder that may only be read is no reason to stop
-                save_known(tokenizer, path)
-    return Encoder(tokenizer, tokenizer.known)
+                write_known(path, tokenizer.fingerprint, tokenizer.known)
+    return tokenizer.known
+
+
+def save_known(tokenizer: Tokenizer, path: Path) -> None:
+    """Write the words that a tokenizer knows, or else its own tokens, beside its JSON."""
+    write_known(path, tokenizer.fingerprint, know(tokenizer) or own_words(tokenizer))
 
 
 def encode_part(data: bytes, tokenizer: Tokenizer) -> np.ndarray:
     """What a worker does: encode documents, each ended by SEPARATOR; see `Encoder.encode`."""
-    tokenizer._bulk = tokenizer._bulk or open_encoder(tokenizer)
+    tokenizer._bulk = tokenizer._bulk or Encoder(tokenizer, know(tokenizer))
     return tokenizer._bulk.encode(data)
 
 
