@@ -263,14 +263,15 @@ def machine() -> dict[str, Any]:
     return {"date": today, "machine": processor(), "versions": versions | {"nanolm": __version__}}
 
 
-# %% book/14-bench.md, exported cell 12 (23da7d8d)
+# %% book/14-bench.md, exported cell 12 (e7efcf2f)
 def table(rows: list[Row]) -> str:
     """Rows that share a title as text, 80 columns wide where numbers and reasons are short."""
     lines = [rows[0]["title"]]
     for work, group in groupby(rows, key=lambda row: row["work"]):
         found = list(group)
         unit = next((row["unit"] for row in found if "unit" in row), "")
-        scale, name = (1e6, "s") if any(row.get("median_us", 0) > 1e5 for row in found) else (1, "us")
+        slowest = max(row.get("median_us", 0) for row in found)
+        scale, name = (1e6, "s") if slowest > 1e5 else (1, "us")
         head = f"  {work:22}{f'median {name}':>11}{'p10 .. p90':>21}{'ratio':>8}"
         last = "MB" if any("peak_mb" in row for row in found) else "error"
         lines.append(f"{head}{unit:>9}{last:>7}" if unit else f"  {work}")
@@ -657,7 +658,7 @@ def run_program(program: str, asked: dict[str, Any]) -> Row:
         return json.loads(out.read()) | {"peak_mb": peak / 1e6}
 
 
-# %% book/14-bench.md, exported cell 25 (14822402)
+# %% book/14-bench.md, exported cell 25 (1f4d720a)
 def differing(found: Row, right: Row) -> float:
     """The share of tokens that one has and the other lacks; 0 or 1 where only sums were kept."""
     if "tokens" not in found:
@@ -695,7 +696,7 @@ def compare_programs(
         ratio = took[name].median / took[OURS].median if took[OURS].samples else None
         row |= {"ratio": ratio, "repeats": repeats, "rate": amount / took[name].median}
         peak = max(run["peak_mb"] for run in runs)
-        yield row | {"unit": f"{unit}/s", "error": wrong, "peak_mb": round(peak)}
+        yield row | {"unit": "MB/s", "error": wrong, "peak_mb": round(peak)}
 
 
 # %% book/14-bench.md, exported cell 26 (29bc2614)
