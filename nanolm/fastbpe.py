@@ -1024,7 +1024,7 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-# %% book/01b-fastbpe.md, exported cell 23 (aabc5e7e)
+# %% book/01b-fastbpe.md, exported cell 23 (4f2d1fa5)
 PART = 1 << 23  # bytes for one task of a worker
 SAFE_CUT = re.compile(  # after a newline between two visible characters, the second of them not <
     rb"(?<![\x00-\x20])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\xaf])"
@@ -1058,7 +1058,7 @@ def read_part(path: Path, begin: int, end: int) -> bytes:
     for match in END_LINE.finditer(data):
         before = data[max(at, match.start() - 99) : match.start()].rstrip(b" \t\f\v")
         if not before or before.endswith(b"\n"):
-            documents.append(data[at : match.start()])
+            documents.append(data[at : match.start()].rstrip(b" \t\f\v"))
             at = match.end()
     last = data[at:].lstrip(b"\n")
     whole = [text.strip(b"\n") for text in documents] + [last.rstrip(b"\n") if ends else last]
