@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: b3dda4b0
+# The seal of all that stands in no cell: 0fec5a0e
 """`nanolm.fastbpe`, derived in the book, where each line has its reason:
 
 - book/01b-fastbpe.md: The tokenizer, at speed
@@ -49,87 +49,6 @@ from nanolm.tokenizer import (
 )
 
 __all__ = [
-    "MARK",
-    "LETTER",
-    "DIGIT",
-    "OTHER",
-    "SPACE",
-    "WHITE",
-    "NEWLINE",
-    "RUNS",
-    "character_classes",
-    "mark_endings",
-    "gpt2_starts",
-    "start_white",
-    "gpt4_starts",
-    "SPLITTERS",
-    "SEPARATOR",
-    "find_starts",
-    "BLOCK",
-    "last_safe",
-    "cut_blocks",
-    "EMPTY",
-    "APART",
-    "FILL",
-    "SPREAD",
-    "WordTable",
-    "WIDTHS",
-    "LONGEST",
-    "distinct",
-    "WordMap",
-    "Counts",
-    "WordCounter",
-    "IDS",
-    "word_bytes",
-    "lay_row",
-    "Places",
-    "Gained",
-    "FEW",
-    "Row",
-    "BITS",
-    "LOW",
-    "register",
-    "learn_row",
-    "NONE",
-    "PairTable",
-    "merge_columns",
-    "merge_tops",
-    "merge_words",
-    "merge_row",
-    "POOL",
-    "mark_of",
-    "Encoder",
-    "Known",
-    "KNOWN",
-    "known_words",
-    "KNOWN_FORMAT",
-    "seal_known",
-    "write_known",
-    "read_known",
-    "SHARED",
-    "begin_worker",
-    "blank_main",
-    "count_workers",
-    "run_task",
-    "in_order",
-    "PART",
-    "SAFE_CUT",
-    "END_LINE",
-    "Part",
-    "cut_file",
-    "read_part",
-    "open_texts",
-    "Texts",
-    "cut_texts",
-    "count_part",
-    "count_all",
-    "train_merges",
-    "own_words",
-    "know",
-    "save_known",
-    "encode_part",
-    "encode_parts",
-    "encode_texts",
     "encode_array",
 ]
 
@@ -189,7 +108,7 @@ def character_classes(newlines: bool = False) -> np.ndarray:
     return classes
 
 
-# %% book/01b-fastbpe.md, exported cell 4 (9c4e98ef)
+# %% book/01b-fastbpe.md, exported cell 4 (1036f30f)
 def mark_endings(start: np.ndarray, codes: np.ndarray, fold: bool) -> None:
     """Correct `start` where a word with an apostrophe first is an ending such as 's or 'll."""
     at = np.flatnonzero(codes[:-2] == ord("'"))
@@ -209,6 +128,7 @@ def mark_endings(start: np.ndarray, codes: np.ndarray, fold: bool) -> None:
     start[at[long] + 3] = True
 
 
+# %% book/01b-fastbpe.md, exported cell 5 (2f27c438)
 def gpt2_starts(classes: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Whether a word of GPT-2's pattern starts at each character, of a text of classes and codes.
 
@@ -228,7 +148,7 @@ def gpt2_starts(classes: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return start[: len(classes)]
 
 
-# %% book/01b-fastbpe.md, exported cell 5 (eeb9b412)
+# %% book/01b-fastbpe.md, exported cell 6 (3b246ffb)
 def start_white(start: np.ndarray, classes: np.ndarray, run: np.ndarray, end: np.ndarray) -> None:
     """Cut runs of white space, [run, end) each, as GPT-4's pattern does; correct `start`."""
     following = np.append(classes, np.uint8(MARK))
@@ -249,6 +169,7 @@ def start_white(start: np.ndarray, classes: np.ndarray, run: np.ndarray, end: np
     start[end[letter | space & (following[end] == OTHER)]] = False  # that is letters, or signs
 
 
+# %% book/01b-fastbpe.md, exported cell 7 (5010f807)
 def gpt4_starts(classes: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Whether a word of GPT-4's pattern starts at each character; else as `gpt2_starts`."""
     count, group = len(classes), np.minimum(classes, SPACE)  # all white space alike
@@ -270,7 +191,7 @@ def gpt4_starts(classes: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return start[:count]
 
 
-# %% book/01b-fastbpe.md, exported cell 6 (fa374298)
+# %% book/01b-fastbpe.md, exported cell 8 (fa374298)
 SPLITTERS = {GPT2_SPLIT: gpt2_starts, GPT4_SPLIT: gpt4_starts}  # the patterns that we know
 SEPARATOR = b"\xff"  # after each document: a byte that UTF-8 never uses
 
@@ -288,7 +209,7 @@ def find_starts(block: bytes, pattern: str) -> np.ndarray:
     return first_bytes.take(np.flatnonzero(starts(classes.take(codes), codes)))
 
 
-# %% book/01b-fastbpe.md, exported cell 7 (9222d6bc)
+# %% book/01b-fastbpe.md, exported cell 9 (2162c786)
 BLOCK = 1 << 21  # bytes
 
 
@@ -304,6 +225,7 @@ def last_safe(block: bytes, starts: np.ndarray) -> int:
     return 0
 
 
+# %% book/01b-fastbpe.md, exported cell 10 (19f98e01)
 def cut_blocks(data: bytes, pattern: str) -> Iterator[tuple[bytes, np.ndarray]]:
     """Cut text into blocks of whole words; yields each with the starts of its words (bytes)."""
     at, size = 0, BLOCK
@@ -323,13 +245,14 @@ def cut_blocks(data: bytes, pattern: str) -> Iterator[tuple[bytes, np.ndarray]]:
         at, size = at + len(block), BLOCK
 
 
-# %% book/01b-fastbpe.md, exported cell 8 (d89cc1a4)
+# %% book/01b-fastbpe.md, exported cell 11 (5aa8b357)
 EMPTY = np.uint64(0xFF)  # no word in UTF-8 begins with 0xFF and goes on with something else
 APART = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # SEPARATOR, as a word
 FILL = np.array([(1 << 64) - (1 << 8 * n) for n in range(9)], np.uint64)
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio (Knuth 1973, section 6.4)
 
 
+# %% book/01b-fastbpe.md, exported cell 12 (3a069c7e)
 class WordTable:
     """Words as `width` 64-bit numbers each -> one int64; looked up many at a time.
 
@@ -400,7 +323,7 @@ class WordTable:
         self.insert(columns, values)
 
 
-# %% book/01b-fastbpe.md, exported cell 9 (b5d97f60)
+# %% book/01b-fastbpe.md, exported cell 13 (96a420fb)
 WIDTHS = (1, 2, 4)  # 64-bit numbers: words of up to 8, 16 and 32 bytes; longer ones are rare
 LONGEST = 32  # bytes
 
@@ -416,6 +339,7 @@ def distinct(columns: list[np.ndarray]) -> list[np.ndarray]:
     return [column[new] for column in ordered]
 
 
+# %% book/01b-fastbpe.md, exported cell 14 (ac2fac87)
 class WordMap:
     """Words -> int64, block by block; what a new word is worth, a subclass says in `learn`."""
 
@@ -470,7 +394,7 @@ class WordMap:
         return [self.long[word] for word in words]
 
 
-# %% book/01b-fastbpe.md, exported cell 10 (df5eaf24)
+# %% book/01b-fastbpe.md, exported cell 15 (df5eaf24)
 Counts = list[tuple[list[np.ndarray], np.ndarray]]  # for each width: words in columns, counts
 
 
@@ -536,7 +460,7 @@ class WordCounter(WordMap):
         self.counts[self.find_long(list(long))] += np.fromiter(long.values(), np.int64, len(long))
 
 
-# %% book/01b-fastbpe.md, exported cell 11 (24a5641d)
+# %% book/01b-fastbpe.md, exported cell 16 (1cdbaf32)
 IDS = np.frombuffer(ID_OF_BYTE, np.uint8).astype(np.int32)
 
 
@@ -545,6 +469,7 @@ def word_bytes(columns: list[np.ndarray]) -> np.ndarray:
     return np.stack(columns, 1).astype("<u8", copy=False).view(np.uint8)
 
 
+# %% book/01b-fastbpe.md, exported cell 17 (4f8ead5d)
 def lay_row(counts: Counts, long: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray]:
     """Lay words out in one row of byte ids, 256 around each, and give each place its weight."""
     ids, weights = [np.array([256], np.int32)], [np.array([0])]
@@ -561,12 +486,13 @@ def lay_row(counts: Counts, long: Mapping[bytes, int]) -> tuple[np.ndarray, np.n
     return np.concatenate(ids), np.concatenate(weights)
 
 
-# %% book/01b-fastbpe.md, exported cell 12 (c1301008)
+# %% book/01b-fastbpe.md, exported cell 18 (5729f152)
 Places = Any  # a list of int or an array of int32
 Gained = Sequence[tuple[int, int, Places]]
 FEW = 48  # places; a loop is faster for less, NumPy for more
 
 
+# %% book/01b-fastbpe.md, exported cell 19 (305f481c)
 class Row:
     """Words in one row: the token that begins at each place, and the one that ends there."""
 
@@ -652,7 +578,7 @@ class Row:
         return list(zip(ids[cut].tolist(), weights.tolist(), slices, strict=True))
 
 
-# %% book/01b-fastbpe.md, exported cell 13 (48869e0a)
+# %% book/01b-fastbpe.md, exported cell 20 (90ecbf24)
 BITS = 32  # of an id, where a pair is packed into one number
 LOW = (1 << BITS) - 1
 
@@ -675,6 +601,7 @@ def register(row: Row, floor: int) -> tuple[dict[int, int], dict[int, Places], l
     return counts, places, heap
 
 
+# %% book/01b-fastbpe.md, exported cell 21 (08b89f65)
 def learn_row(
     row: Row, limit: int, floor: int, tell: Callable[[int, int], None] | None = None
 ) -> list[TokenPair]:
@@ -719,7 +646,7 @@ def learn_row(
     return merges
 
 
-# %% book/01b-fastbpe.md, exported cell 14 (29376682)
+# %% book/01b-fastbpe.md, exported cell 22 (29376682)
 NONE = 1 << 24  # stands for the id that a pair merges into, if it does not
 
 
@@ -741,7 +668,16 @@ class PairTable:
         return values.astype(np.int32)
 
 
-# %% book/01b-fastbpe.md, exported cell 15 (b2b76fa6)
+# %% book/01b-fastbpe.md, exported cell 23 (93c81a68)
+def merge_words(columns: list[np.ndarray], pairs: PairTable) -> tuple[np.ndarray, np.ndarray]:
+    """Merge words of one width: their tokens one after another, and how many of each."""
+    raw = word_bytes(columns)
+    tokens = merge_columns(np.where(raw == 255, -1, IDS[raw]).T.copy(), pairs).T
+    kept = tokens >= 0
+    return tokens[kept], kept.sum(1)
+
+
+# %% book/01b-fastbpe.md, exported cell 24 (d2516e32)
 def merge_columns(ids: np.ndarray, pairs: PairTable) -> np.ndarray:
     """Merge words side by side, each a column of byte ids, -1 below its end; int32 (w, M), w <= 64.
 
@@ -764,6 +700,7 @@ def merge_columns(ids: np.ndarray, pairs: PairTable) -> np.ndarray:
         merge_tops(top[alive], alive, ids, after, before, best, pairs)
 
 
+# %% book/01b-fastbpe.md, exported cell 25 (a2916a18)
 def merge_tops(top: np.ndarray, column: np.ndarray, *state: Any) -> None:
     """One round of `merge_columns`: merge the pair `top` of each of these columns."""
     (*arrays, pairs), count = state, state[0].shape[1]
@@ -784,16 +721,7 @@ def merge_tops(top: np.ndarray, column: np.ndarray, *state: Any) -> None:
     best[left] = ranks[len(new) :] << 6 | previous[known]
 
 
-# %% book/01b-fastbpe.md, exported cell 16 (93c81a68)
-def merge_words(columns: list[np.ndarray], pairs: PairTable) -> tuple[np.ndarray, np.ndarray]:
-    """Merge words of one width: their tokens one after another, and how many of each."""
-    raw = word_bytes(columns)
-    tokens = merge_columns(np.where(raw == 255, -1, IDS[raw]).T.copy(), pairs).T
-    kept = tokens >= 0
-    return tokens[kept], kept.sum(1)
-
-
-# %% book/01b-fastbpe.md, exported cell 17 (ac5f3692)
+# %% book/01b-fastbpe.md, exported cell 26 (ac5f3692)
 def merge_row(
     words: list[bytes], tokenizer: Tokenizer, sizes: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -825,7 +753,7 @@ def merge_row(
     return tokens[tokens != row.end], np.diff(ends) - 1
 
 
-# %% book/01b-fastbpe.md, exported cell 18 (20995ad8)
+# %% book/01b-fastbpe.md, exported cell 27 (b76ea323)
 POOL = 1 << 24  # ids of words that are kept; beyond, all are forgotten
 
 
@@ -834,6 +762,7 @@ def mark_of(tokenizer: Tokenizer) -> int:
     return tokenizer.special_tokens.get(END_OF_TEXT, tokenizer.vocab_size)
 
 
+# %% book/01b-fastbpe.md, exported cell 28 (8f14a030)
 class Encoder(WordMap):
     """Encodes documents, many words at a time. A word's value says where its ids are kept.
 
@@ -898,7 +827,7 @@ class Encoder(WordMap):
         return self.pool.take(index)
 
 
-# %% book/01b-fastbpe.md, exported cell 19 (475e8528)
+# %% book/01b-fastbpe.md, exported cell 29 (475e8528)
 Known = dict[str, np.ndarray]  # words1, words2, words4: columns (width, M); sizes, ids
 KNOWN = 1 << 18  # words
 
@@ -916,7 +845,7 @@ def known_words(counts: Counts, row: Row) -> Known:
     return known
 
 
-# %% book/01b-fastbpe.md, exported cell 20 (5c93aa40)
+# %% book/01b-fastbpe.md, exported cell 30 (b8c907fd)
 KNOWN_FORMAT = {"format": "nanolm-words", "version": 1}
 
 
@@ -925,6 +854,7 @@ def seal_known(head: Mapping[str, Any], body: bytes) -> str:
     return hashlib.sha256(json.dumps(head, sort_keys=True).encode() + body).hexdigest()
 
 
+# %% book/01b-fastbpe.md, exported cell 31 (655a5407)
 def write_known(path: Path, fingerprint: str, known: Known) -> None:
     """Write the words that a tokenizer knows beside its JSON: a line of JSON, then raw arrays."""
     arrays = {name: a.astype(a.dtype.newbyteorder("<")) for name, a in sorted(known.items())}
@@ -935,6 +865,7 @@ def write_known(path: Path, fingerprint: str, known: Known) -> None:
     write_whole(path, line.encode() + body)
 
 
+# %% book/01b-fastbpe.md, exported cell 32 (827e0e2c)
 def read_known(path: Path, fingerprint: str) -> Known | None:
     """Read what `write_known` wrote for this tokenizer; None if it is anything else."""
     try:
@@ -953,7 +884,7 @@ def read_known(path: Path, fingerprint: str) -> Known | None:
         return None
 
 
-# %% book/01b-fastbpe.md, exported cell 21 (ceebcc0d)
+# %% book/01b-fastbpe.md, exported cell 33 (ceebcc0d)
 SHARED: list[Any] = []  # in a worker: what all its tasks need
 
 
@@ -981,7 +912,7 @@ def blank_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-# %% book/01b-fastbpe.md, exported cell 22 (0a6666f1)
+# %% book/01b-fastbpe.md, exported cell 34 (0a6666f1)
 def count_workers(workers: int | None) -> int:
     """The number of worker processes: as many as there are CPUs for us, unless given."""
     if workers is None:
@@ -1024,7 +955,7 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-# %% book/01b-fastbpe.md, exported cell 23 (4f2d1fa5)
+# %% book/01b-fastbpe.md, exported cell 35 (fd613b2b)
 PART = 1 << 23  # bytes for one task of a worker
 SAFE_CUT = re.compile(  # after a newline between two visible characters, the second of them not <
     rb"(?<![\x00-\x20])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\xaf])"
@@ -1046,6 +977,7 @@ def cut_file(path: Path) -> Iterator[Part]:
             begin = end
 
 
+# %% book/01b-fastbpe.md, exported cell 36 (a4326aa7)
 def read_part(path: Path, begin: int, end: int) -> bytes:
     """The documents of a part of a file, each ended by SEPARATOR; ValueError if it is not UTF-8."""
     with open(path, "rb") as file:
@@ -1069,6 +1001,7 @@ def read_part(path: Path, begin: int, end: int) -> bytes:
     return b"".join(text + SEPARATOR for text in whole if text)
 
 
+# %% book/01b-fastbpe.md, exported cell 37 (56f6df04)
 def open_texts(texts: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
     """The texts, and the documents of the files, as strings."""
     for text in texts:
@@ -1080,7 +1013,7 @@ def open_texts(texts: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
             yield text
 
 
-# %% book/01b-fastbpe.md, exported cell 24 (ab5b64bc)
+# %% book/01b-fastbpe.md, exported cell 38 (3c99cff1)
 Texts = Iterable[str | os.PathLike[str]]
 
 
@@ -1099,6 +1032,7 @@ def cut_texts(texts: Texts, part: int = PART) -> Iterator[bytes | Part]:
     yield b"".join(waiting)
 
 
+# %% book/01b-fastbpe.md, exported cell 39 (31051743)
 def count_part(
     part: bytes | Part, pattern: str, counter: WordCounter
 ) -> tuple[Counts, dict[bytes, int], int]:
@@ -1119,6 +1053,7 @@ def count_all(texts: Texts, pattern: str, workers: int, progress: bool) -> WordC
     return counter
 
 
+# %% book/01b-fastbpe.md, exported cell 40 (74b8eaee)
 def train_merges(
     texts: Texts, limit: int, pattern: str, *, workers: int | None, progress: bool
 ) -> tuple[list[TokenPair], Known]:
@@ -1140,7 +1075,7 @@ def train_merges(
     return merges, known_words(counts, row)
 
 
-# %% book/01b-fastbpe.md, exported cell 25 (013006c9)
+# %% book/01b-fastbpe.md, exported cell 41 (129a890b)
 def own_words(tokenizer: Tokenizer) -> Known:
     """The tokens of a tokenizer taken for words, and their ids, as `known_words` gives them."""
     tokens = [tokenizer.token_bytes(i) for i in range(256 + len(tokenizer.merges))]
@@ -1155,6 +1090,7 @@ def own_words(tokenizer: Tokenizer) -> Known:
     return known | {"sizes": sizes.astype(np.uint8)}
 
 
+# %% book/01b-fastbpe.md, exported cell 42 (89959ed7)
 def know(tokenizer: Tokenizer) -> Known | None:
     """The words that a tokenizer knows; a file of them that does not fit it is made again."""
     if isinstance(tokenizer.known, Path):
@@ -1171,6 +1107,7 @@ def save_known(tokenizer: Tokenizer, path: Path) -> None:
     write_known(path, tokenizer.fingerprint, know(tokenizer) or own_words(tokenizer))
 
 
+# %% book/01b-fastbpe.md, exported cell 43 (f7bbffaf)
 def encode_part(data: bytes, tokenizer: Tokenizer) -> np.ndarray:
     """What a worker does: encode documents, each ended by SEPARATOR; see `Encoder.encode`."""
     tokenizer._bulk = tokenizer._bulk or Encoder(tokenizer, know(tokenizer))

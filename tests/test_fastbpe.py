@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
+import tiktoken.load
 import tokenizers
 from hypothesis import given, settings
 
