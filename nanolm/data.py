@@ -746,7 +746,7 @@ def is_fables(sources: str | Sequence[str]) -> bool:
     return all(str(name).split(":")[0] == "fables" for name in names)
 
 
-# %% book/02-data.md, exported cell 22 (fc25096b)
+# %% book/02-data.md, exported cell 22 (82e02374)
 def sweep(out: Path) -> None:
     """Remove the hidden folders of killed runs: those in which nothing changed for a day."""
     for part in out.glob(".part-*"):
@@ -797,6 +797,7 @@ def prepare(
         pieces = in_order(encode_chunk, chunks, processes, FEW, *shared)
         publish(part, out, write_shards(part, pieces, tokenizer, shard_tokens))
     finally:
+        load_tokenizer.cache_clear()
         shutil.rmtree(part, ignore_errors=True)
     return out
 

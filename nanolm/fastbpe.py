@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 0fec5a0e
+# The seal of all that stands in no cell: c6735596
 """`nanolm.fastbpe`, derived in the book, where each line has its reason:
 
 - book/01b-fastbpe.md: The tokenizer, at speed
@@ -20,7 +20,7 @@ import zlib
 from array import array
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from heapq import heapify, heappop, heappush
@@ -492,7 +492,7 @@ Gained = Sequence[tuple[int, int, Places]]
 FEW = 48  # places; a loop is faster for less, NumPy for more
 
 
-# %% book/01b-fastbpe.md, exported cell 19 (305f481c)
+# %% book/01b-fastbpe.md, exported cell 19 (a4f45751)
 class Row:
     """Words in one row: the token that begins at each place, and the one that ends there."""
 
@@ -544,8 +544,11 @@ class Row:
         return self._weigh(before), self._weigh(after)
 
     def _weigh(self, groups: dict[int, list[int]]) -> Gained:
-        weight = self.weight
-        return [(x, sum([weight[i] for i in places]), places) for x, places in groups.items()]
+        weigh = self.weight.__getitem__
+        return [
+            (x, sum(map(weigh, places)) if len(places) > 1 else weigh(places[0]), places)
+            for x, places in groups.items()
+        ]
 
     def _sweep(self, left: int, right: int, new: int, places: Places) -> tuple[Gained, Gained]:
         begin, finish, step = self.begin, self.finish, self.sizes[left]
@@ -571,7 +574,9 @@ class Row:
             return []
         order = np.argsort(ids, kind="stable")
         ids, places = ids[order], places[order]
-        cut = np.flatnonzero(np.diff(ids, prepend=self.end))
+        new = np.ones(len(ids), bool)
+        np.not_equal(ids[1:], ids[:-1], out=new[1:])
+        cut = np.flatnonzero(new)
         weights = np.add.reduceat(self.weights[places], cut)
         ends = [*cut[1:].tolist(), len(ids)]
         slices = [places[i:j] for i, j in zip(cut.tolist(), ends, strict=True)]
@@ -912,7 +917,7 @@ def blank_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-# %% book/01b-fastbpe.md, exported cell 34 (0a6666f1)
+# %% book/01b-fastbpe.md, exported cell 34 (a83dfb49)
 def count_workers(workers: int | None) -> int:
     """The number of worker processes: as many as there are CPUs for us, unless given."""
     if workers is None:
@@ -928,12 +933,14 @@ def run_task(function: Callable[..., Any], task: Any) -> Any:
     return function(task, *SHARED)
 
 
+# %% book/01b-fastbpe.md, exported cell 35 (8bdabf07)
 def in_order(
     function: Callable[..., Any], tasks: Iterable[Any], workers: int, few: int, *shared: Any
 ) -> Iterator[Any]:
     """Yield function(task, *shared) for each task, in order, worked out by several processes.
 
-    Fewer than `few` tasks are not worth a process. Only a few wait in memory at a time.
+    This one is the first of them. Fewer than `few` tasks are not worth another. Only some tasks
+    and results are in memory at a time.
     """
     tasks = iter(tasks)
     head = list(islice(tasks, few))
@@ -941,13 +948,17 @@ def in_order(
     if workers == 1 or len(head) < few:
         yield from (function(task, *shared) for task in tasks)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, shared)
-    waiting: deque[Any] = deque()
+    pool = ProcessPoolExecutor(workers - 1, get_context("spawn"), begin_worker, shared)
+    waiting: deque[Future] = deque()
     try:
         for task in tasks:
-            with blank_main():
-                waiting.append(pool.submit(run_task, function, task))
-            if len(waiting) > 2 * workers:
+            if sum(not result.done() for result in waiting) < 2 * workers - 2:
+                with blank_main():
+                    waiting.append(pool.submit(run_task, function, task))
+            else:
+                waiting.append(Future())
+                waiting[-1].set_result(function(task, *shared))
+            while waiting and (waiting[0].done() or len(waiting) > 16 * workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -955,7 +966,7 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-# %% book/01b-fastbpe.md, exported cell 35 (fd613b2b)
+# %% book/01b-fastbpe.md, exported cell 36 (fd613b2b)
 PART = 1 << 23  # bytes for one task of a worker
 SAFE_CUT = re.compile(  # after a newline between two visible characters, the second of them not <
     rb"(?<![\x00-\x20])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\xaf])"
@@ -977,7 +988,7 @@ def cut_file(path: Path) -> Iterator[Part]:
             begin = end
 
 
-# %% book/01b-fastbpe.md, exported cell 36 (a4326aa7)
+# %% book/01b-fastbpe.md, exported cell 37 (a4326aa7)
 def read_part(path: Path, begin: int, end: int) -> bytes:
     """The documents of a part of a file, each ended by SEPARATOR; ValueError if it is not UTF-8."""
     with open(path, "rb") as file:
@@ -1001,7 +1012,7 @@ def read_part(path: Path, begin: int, end: int) -> bytes:
     return b"".join(text + SEPARATOR for text in whole if text)
 
 
-# %% book/01b-fastbpe.md, exported cell 37 (56f6df04)
+# %% book/01b-fastbpe.md, exported cell 38 (56f6df04)
 def open_texts(texts: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
     """The texts, and the documents of the files, as strings."""
     for text in texts:
@@ -1013,7 +1024,7 @@ def open_texts(texts: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
             yield text
 
 
-# %% book/01b-fastbpe.md, exported cell 38 (3c99cff1)
+# %% book/01b-fastbpe.md, exported cell 39 (3c99cff1)
 Texts = Iterable[str | os.PathLike[str]]
 
 
@@ -1032,7 +1043,7 @@ def cut_texts(texts: Texts, part: int = PART) -> Iterator[bytes | Part]:
     yield b"".join(waiting)
 
 
-# %% book/01b-fastbpe.md, exported cell 39 (31051743)
+# %% book/01b-fastbpe.md, exported cell 40 (8ef5df50)
 def count_part(
     part: bytes | Part, pattern: str, counter: WordCounter
 ) -> tuple[Counts, dict[bytes, int], int]:
@@ -1047,13 +1058,13 @@ def count_all(texts: Texts, pattern: str, workers: int, progress: bool) -> WordC
     counter, parts = WordCounter(), cut_texts(texts)
     show: Any = dict(unit="B", unit_scale=True, disable=not progress)
     with tqdm(desc="counting words", **show) as bar:
-        for counts, long, size in in_order(count_part, parts, workers, 2, pattern, WordCounter()):
+        for counts, long, size in in_order(count_part, parts, workers, 4, pattern, WordCounter()):
             counter.add(counts, long)
             bar.update(size)
     return counter
 
 
-# %% book/01b-fastbpe.md, exported cell 40 (74b8eaee)
+# %% book/01b-fastbpe.md, exported cell 41 (74b8eaee)
 def train_merges(
     texts: Texts, limit: int, pattern: str, *, workers: int | None, progress: bool
 ) -> tuple[list[TokenPair], Known]:
@@ -1075,7 +1086,7 @@ def train_merges(
     return merges, known_words(counts, row)
 
 
-# %% book/01b-fastbpe.md, exported cell 41 (129a890b)
+# %% book/01b-fastbpe.md, exported cell 42 (129a890b)
 def own_words(tokenizer: Tokenizer) -> Known:
     """The tokens of a tokenizer taken for words, and their ids, as `known_words` gives them."""
     tokens = [tokenizer.token_bytes(i) for i in range(256 + len(tokenizer.merges))]
@@ -1090,7 +1101,7 @@ def own_words(tokenizer: Tokenizer) -> Known:
     return known | {"sizes": sizes.astype(np.uint8)}
 
 
-# %% book/01b-fastbpe.md, exported cell 42 (89959ed7)
+# %% book/01b-fastbpe.md, exported cell 43 (89959ed7)
 def know(tokenizer: Tokenizer) -> Known | None:
     """The words that a tokenizer knows; a file of them that does not fit it is made again."""
     if isinstance(tokenizer.known, Path):
@@ -1107,7 +1118,7 @@ def save_known(tokenizer: Tokenizer, path: Path) -> None:
     write_known(path, tokenizer.fingerprint, know(tokenizer) or own_words(tokenizer))
 
 
-# %% book/01b-fastbpe.md, exported cell 43 (f7bbffaf)
+# %% book/01b-fastbpe.md, exported cell 44 (f7bbffaf)
 def encode_part(data: bytes, tokenizer: Tokenizer) -> np.ndarray:
     """What a worker does: encode documents, each ended by SEPARATOR; see `Encoder.encode`."""
     tokenizer._bulk = tokenizer._bulk or Encoder(tokenizer, know(tokenizer))
