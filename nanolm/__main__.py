@@ -177,12 +177,12 @@ def sample_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 6 (8a0b3c0f)
+# %% book/16-command-line.md, exported cell 6 (f79e860c)
 SPLITS = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT}
 
 
 def tokenizer_command(args: argparse.Namespace) -> int:
-    """`nanolm tokenizer`: train one, or look at what one does to a text."""
+    """`nanolm tokenizer`: train or export one, or look at what one does to a text."""
     if args.action == "train":
         texts = plain_files(args.sources) or read_documents(args.sources)
         options = {"pattern": SPLITS[args.split], "workers": args.workers}
