@@ -394,7 +394,7 @@ class WordMap:
         return [self.long[word] for word in words]
 
 
-# %% book/01b-fastbpe.md, exported cell 15 (df5eaf24)
+# %% book/01b-fastbpe.md, exported cell 15 (a85341ce)
 Counts = list[tuple[list[np.ndarray], np.ndarray]]  # for each width: words in columns, counts
 
 
@@ -457,7 +457,8 @@ class WordCounter(WordMap):
         for tier, (columns, more) in enumerate(counts):
             numbers = self.find(tier, columns)
             self.counts[numbers] += more
-        self.counts[self.find_long(list(long))] += np.fromiter(long.values(), np.int64, len(long))
+        places = self.find_long(list(long))  # first: new words may make the counts a new array
+        self.counts[places] += np.fromiter(long.values(), np.int64, len(long))
 
 
 # %% book/01b-fastbpe.md, exported cell 16 (1cdbaf32)

@@ -188,6 +188,18 @@ def test_merges_by_sweeps_and_by_loops_are_the_same(pattern, few, monkeypatch):
     assert found == textbook(texts, 1500 - 257, pattern)
 
 
+@pytest.mark.parametrize("size", [6, 12, 25, 60, 90])
+def test_counts_of_many_new_words_add_up(size, monkeypatch):
+    monkeypatch.setattr(fast, "PART", 100_000)
+    rng = random.Random(size)
+    words = ["".join(rng.choices("abcdefgh", k=size)) for _ in range(20_000)]
+    texts = [" ".join(words), " ".join(words[::-1]), "new " * 9 + " ".join(words)]
+    counts, long = fast.count_all(texts, GPT2_SPLIT, 1, False).take()
+    expected = count_words(texts, compile_split(GPT2_SPLIT))
+    assert sum(int(many.sum()) for _, many in counts) + sum(long.values()) == expected.total()
+    assert sum(len(many) for _, many in counts) + len(long) == len(expected)
+
+
 def test_a_floor_leaves_nothing_out():
     counts, long = fast.count_all(TEXTS, GPT2_SPLIT, 1, False).take()
     found = []
