@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 2bf28469
+# The seal of all that stands in no cell: d3f464b9
 """`nanolm.__main__`, derived in the book, where each line has its reason:
 
 - book/16-command-line.md: The command line
@@ -24,10 +24,10 @@ from itertools import groupby
 from pathlib import Path
 
 from nanolm.bench import CASES, headline, machine, table
-from nanolm.data import TokenData, prepare, read_documents
+from nanolm.data import TokenData, plain_files, prepare, read_documents
 from nanolm.model import PRESETS, ModelConfig
 from nanolm.sample import SampleConfig, generate, stream
-from nanolm.tokenizer import Tokenizer
+from nanolm.tokenizer import GPT2_SPLIT, GPT4_SPLIT, Tokenizer
 from nanolm.train import TrainConfig, load_checkpoint, load_run, metrics, pick_device, train
 
 __all__ = [
@@ -177,16 +177,26 @@ def sample_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 6 (617dbe31)
+# %% book/16-command-line.md, exported cell 6 (f79e860c)
+SPLITS = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT}
+
+
 def tokenizer_command(args: argparse.Namespace) -> int:
-    """`nanolm tokenizer`: train one, or look at what one does to a text."""
+    """`nanolm tokenizer`: train or export one, or look at what one does to a text."""
     if args.action == "train":
-        texts = read_documents(args.sources)
-        tokenizer = Tokenizer.train(texts, args.vocab_size, progress=sys.stderr.isatty())
-        tokenizer.save(args.out)
+        texts = plain_files(args.sources) or read_documents(args.sources)
+        options = {"pattern": SPLITS[args.split], "workers": args.workers}
+        bar = sys.stderr.isatty()
+        tokenizer = Tokenizer.train(texts, args.vocab_size, progress=bar, **options)
+        tokenizer.save(args.out, compiled=True)
         print(f"{args.out}: {tokenizer.vocab_size} tokens")
         return 0
     tokenizer = Tokenizer.load(args.tokenizer)
+    if args.action == "export":
+        save = {"hf": tokenizer.save_hf, "tiktoken": tokenizer.save_tiktoken}[args.to]
+        save(args.out)
+        print(f"{args.out}: written")
+        return 0
     text = sys.stdin.read() if args.text == "-" else args.text
     if args.action == "decode":
         wrong = [word for word in text.split() if not re.fullmatch(r"-?[0-9]{1,9}", word)]
@@ -309,7 +319,7 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 9 (bcec6d36)
+# %% book/16-command-line.md, exported cell 9 (5408b4fc)
 Command = Callable[[argparse.Namespace], int]
 SOURCES = 'files, folders, globs, "fables" or "hf:NAME"'
 
@@ -337,12 +347,18 @@ def build_parser() -> Parser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
     add_options(p, SampleConfig)
 
-    tokenizer = command("tokenizer", tokenizer_command, "train a tokenizer, encode, decode")
+    tokenizer = command("tokenizer", tokenizer_command, "train a tokenizer, encode, decode, export")
     into = tokenizer.add_subparsers(dest="action", required=True, metavar="ACTION")
     p = command("train", tokenizer_command, "learn merges from text", into)
     p.add_argument("sources", nargs="+", help=SOURCES)
     p.add_argument("--vocab-size", type=int, default=32000, help="ids in all (default: 32000)")
     p.add_argument("--out", default="tokenizer.json", help="file to write (tokenizer.json)")
+    p.add_argument("--split", choices=tuple(SPLITS), default="gpt2", help="pattern (default: gpt2)")
+    p.add_argument("--workers", type=int, help="processes (default: one a core)")
+    p = command("export", tokenizer_command, "write a tokenizer for other programs", into)
+    p.add_argument("tokenizer", help="a tokenizer.json of nanolm")
+    p.add_argument("--to", choices=("hf", "tiktoken"), default="hf", help="whose (default: hf)")
+    p.add_argument("--out", required=True, help="file to write")
     for name, words in (("encode", "text to ids and pieces"), ("decode", "ids to text")):
         p = command(name, tokenizer_command, words, into)
         p.add_argument("tokenizer", help="a tokenizer.json")
@@ -380,6 +396,13 @@ def build_parser() -> Parser:
         if name == "attention":
             p.add_argument("--causal", action="store_true", default=None, help="causal (default)")
             p.add_argument("--full", action="store_false", dest="causal", help="no mask")
+        if name == "tokenizer":
+            p.add_argument("--text", help="documents, each ended by a line <|endoftext|>")
+            p.add_argument("--sizes", nargs="+", type=float, metavar="MB", help="to learn from")
+            p.add_argument("--unseen", type=float, metavar="MB", help="to encode (default: 50)")
+            p.add_argument("--vocab-size", type=int, help="ids in all (default: 32000)")
+            p.add_argument("--split", choices=tuple(SPLITS), help="pattern (default: gpt2)")
+            p.add_argument("--cores", type=int, help="CPUs for each (default: 2)")
 
     p = command("plot", plot_command, "draw the loss curves of runs")
     p.add_argument("runs", nargs="+", help="folders of runs")

@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 5be4bd83
+# The seal of all that stands in no cell: 8f80e0fd
 """`nanolm.bench`, derived in the book, where each line has its reason:
 
 - book/14-bench.md: Side by side
@@ -10,9 +10,13 @@ with `python -m nanolm.tangle --update`.
 import gc
 import importlib.metadata
 import itertools
+import json
 import platform
 import random
 import re
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -30,8 +34,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from nanolm import __version__
+from nanolm.data import fables
 from nanolm.interpret import replaced
 from nanolm.model import ModelConfig, Transformer
+from nanolm.tokenizer import END_OF_TEXT, GPT2_SPLIT, GPT4_SPLIT
 
 __all__ = [
     "Timing",
@@ -266,29 +272,34 @@ def machine() -> dict[str, Any]:
     return {"date": today, "machine": processor(), "versions": versions | {"nanolm": __version__}}
 
 
-# %% book/14-bench.md, exported cell 12 (2fb343a5)
+# %% book/14-bench.md, exported cell 12 (fb6b46d2)
 def table(rows: list[Row]) -> str:
     """Rows that share a title as text, 80 columns wide where numbers and reasons are short."""
     lines = [rows[0]["title"]]
     for work, group in groupby(rows, key=lambda row: row["work"]):
-        head = f"  {work:22}{'median us':>11}{'p10 .. p90':>21}{'ratio':>8}"
         found = list(group)
         unit = next((row["unit"] for row in found if "unit" in row), "")
+        slowest = max(row.get("median_us", 0) for row in found)
+        scale, name = (1e6, "s") if slowest > 1e5 else (1, "us")
+        head = f"  {work:22}{f'median {name}':>11}{'p10 .. p90':>21}{'ratio':>8}"
+        last = "MB" if any("peak_mb" in row for row in found) else "error"
         extra = f"{'GB':>7}" if any(row.get("extra_gb") for row in found) else ""
-        lines.append(f"{head}{unit:>9}{'error':>7}{extra}" if unit else f"  {work}")
-        lines += map(table_line, found)
+        lines.append(f"{head}{unit:>9}{last:>7}{extra}" if unit else f"  {work}")
+        lines += [table_line(row, scale) for row in found]
     return "\n".join(lines)
 
 
-def table_line(row: Row) -> str:
-    """One row of a table."""
+def table_line(row: Row, scale: float = 1) -> str:
+    """One row of a table; times are given in units of `scale` microseconds."""
     if "skipped" in row:
         return f"  {row['contestant']:22} skipped: {row['skipped']}"
-    median, low, high = (f"{row[f'{key}_us']:,.1f}" for key in ("median", "p10", "p90"))
+    times, digits = [row[f"{key}_us"] / scale for key in ("median", "p10", "p90")], 1 + (scale > 1)
+    median, low, high = (f"{time:,.{digits}f}" for time in times)
     ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
     numbers = f"{median:>11} {f'{low} .. {high}':>20}{ratio:>8}{row['rate']:>9.3g}"
+    last = f"{row['peak_mb']:>7}" if "peak_mb" in row else f"{row['error']:>7.0e}"
     extra = f"{row['extra_gb']:>7.2f}" if row.get("extra_gb") else ""
-    return f"  {row['contestant']:22}{numbers}{row['error']:>7.0e}{extra}"
+    return f"  {row['contestant']:22}{numbers}{last}{extra}"
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -787,7 +798,7 @@ def bench_optim(
     )  # fmt: skip
 
 
-# %% book/14-bench.md, exported cell 25 (2033a96b)
+# %% book/14-bench.md, exported cell 25 (ca116583)
 def bench_ceilings(
     *, dtype: str = "", repeats: int | None = None, device: str = ""
 ) -> Iterator[Row]:
@@ -812,10 +823,273 @@ def bench_ceilings(
         )  # fmt: skip
 
 
+# %% book/14-bench.md, exported cell 26 (eb40e090)
+BEGIN = """
+import hashlib, importlib.metadata, json, os, sys, time
+asked = json.loads(sys.argv[1])
+cores = asked["cores"]
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+os.environ |= {"RAYON_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": str(cores > 1).lower()}
+
+def documents():
+    with open(asked["text"], encoding="utf-8") as file:
+        rest = ""
+        while block := file.read(1 << 22):
+            *found, rest = (rest + block).split("\\n<|endoftext|>\\n")
+            yield from found
+        yield from filter(None, [rest.strip("\\n")])
+
+def answer(seconds, **more):
+    print(json.dumps({"seconds": seconds} | more))
+"""
+
+
+# %% book/14-bench.md, exported cell 27 (d2fa9490)
+TRAINERS = {
+    OURS: """
+from pathlib import Path
+from nanolm.tokenizer import Tokenizer
+start = time.perf_counter()
+found = Tokenizer.train([Path(asked["text"])], asked["vocab_size"], pattern=asked["pattern"],
+                        special_tokens=["<|endoftext|>"], workers=cores)
+seconds = time.perf_counter() - start
+found.save(asked["tokenizer"], compiled=True)
+answer(seconds, tokens=[found.token_bytes(i).hex() for i in range(found.vocab_size - 1)])
+""",
+    "tokenizers": """
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers as pre, trainers
+start = time.perf_counter()
+found = Tokenizer(models.BPE())
+found.pre_tokenizer = pre.Sequence([pre.Split(Regex(asked["pattern"]), "isolated"),
+                                    pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+if asked["pattern"] == asked["gpt2"]:
+    found.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+found.train_from_iterator(documents(), trainers.BpeTrainer(vocab_size=asked["vocab_size"] - 1,
+    initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+seconds = time.perf_counter() - start
+from nanolm.tokenizer import BYTE_CHARACTERS
+byte = {character: byte for byte, character in BYTE_CHARACTERS.items()}
+words = sorted(found.get_vocab().items(), key=lambda item: item[1])
+answer(seconds, tokens=[bytes(byte[c] for c in word).hex() for word, _ in words])
+""",
+    "rustbpe": """
+import rustbpe
+start = time.perf_counter()
+found = rustbpe.Tokenizer()
+found.train_from_iterator(documents(), asked["vocab_size"] - 1, pattern=asked["pattern"])
+seconds = time.perf_counter() - start
+answer(seconds, tokens=[bytes(token).hex() for token, _ in found.get_mergeable_ranks()])
+""",
+}
+
+
+# %% book/14-bench.md, exported cell 28 (62abdc50)
+LOADED = """
+from nanolm.tokenizer import Tokenizer
+texts, found = list(documents()), Tokenizer.load(asked["tokenizer"])
+size = found.vocab_size - 1  # the id that ends a document
+"""
+FINISH = """
+import numpy as np
+if isinstance(ids, list):
+    ids = np.array([i for one in ids for i in [*one, size]], np.uint32)
+check = hashlib.sha256(ids.astype("<u4").tobytes()).hexdigest()
+answer(seconds, check=check, ids=len(ids))
+"""
+OURS_ARRAY = """
+from nanolm.fastbpe import encode_parts
+start = time.perf_counter()
+parts = [*encode_parts(found, texts, cores)]
+seconds = time.perf_counter() - start
+import numpy as np
+ids = np.concatenate(parts)
+"""
+OURS_LISTS = """
+start = time.perf_counter()
+ids = found.encode_batch(texts, workers=cores)
+seconds = time.perf_counter() - start
+"""
+TIKTOKEN = """
+import tiktoken
+ranks = {found.token_bytes(i): i for i in range(size)}
+peer = tiktoken.Encoding("peer", pat_str=found.pattern, mergeable_ranks=ranks, special_tokens={})
+start = time.perf_counter()
+ids = peer.encode_ordinary_batch(texts, num_threads=cores)
+seconds = time.perf_counter() - start
+"""
+HUGGING_FACE = """
+import tokenizers
+found.save_hf(asked["hf"])
+peer = tokenizers.Tokenizer.from_file(asked["hf"])
+start = time.perf_counter()
+ids = [one.ids for one in peer.encode_batch_fast(texts)]
+seconds = time.perf_counter() - start
+"""
+FORGET = "found.known = None"
+ENCODERS = {
+    OURS: LOADED + FORGET + OURS_ARRAY + FINISH,
+    "nanolm, known words": LOADED + OURS_ARRAY + FINISH,
+    "nanolm, lists": LOADED + FORGET + OURS_LISTS + FINISH,
+    "tiktoken, lists": LOADED + TIKTOKEN + FINISH,
+    "tokenizers, lists": LOADED + HUGGING_FACE + FINISH,
+}
+
+
+# %% book/14-bench.md, exported cell 29 (89cf2adf)
+PROMPT = """
+import statistics
+text = " ".join(" ".join(texts).split())[:100]
+ids = encode(text)
+for _ in range(100):
+    encode(text)
+samples = []
+for _ in range(200):
+    start = time.perf_counter()
+    for _ in range(50):
+        encode(text)
+    samples.append((time.perf_counter() - start) / 50)
+answer(statistics.median(samples), check=str(ids))
+"""
+PROMPTS = {
+    OURS: LOADED + "encode = found.encode" + PROMPT,
+    "tiktoken": LOADED + "texts = texts[:1]" + TIKTOKEN + "encode = peer.encode_ordinary" + PROMPT,
+}
+SHARDS = {
+    OURS: """
+from nanolm.data import prepare
+from nanolm.tokenizer import Tokenizer
+found, out = Tokenizer.load(asked["tokenizer"]), asked["shards"]
+start = time.perf_counter()
+prepare(asked["text"], out, found, workers=cores)
+answer(time.perf_counter() - start, check="")
+""",
+}
+
+
+# %% book/14-bench.md, exported cell 30 (5c14f135)
+def tree_memory(pid: int) -> int:
+    """The memory of a process and of all below it, shared pages divided (PSS, bytes); Linux."""
+    total, left = 0, [str(pid)]
+    while left:
+        process = Path("/proc", left.pop())
+        with suppress(OSError):
+            text = (process / "smaps_rollup").read_text()
+            total += 1024 * sum(int(n) for n in re.findall(r"(?m)^Pss: +(\d+) kB", text))
+            for task in (process / "task").iterdir():
+                left += (task / "children").read_text().split()
+    return total
+
+
+def run_program(program: str, asked: dict[str, Any]) -> Row:
+    """Run a program in a Python of its own; what it answers, and its largest memory (MB)."""
+    command, peak = [sys.executable, "-c", BEGIN + program, json.dumps(asked)], 0
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err)
+        try:
+            while process.poll() is None:
+                peak = max(peak, tree_memory(process.pid))
+                time.sleep(0.1 if peak else 0.01)
+        finally:
+            process.kill()
+        out.seek(0), err.seek(0)
+        if process.returncode:
+            raise RuntimeError((err.read().splitlines() or ["it was killed"])[-1])
+        return json.loads(out.read()) | {"peak_mb": peak / 1e6}
+
+
+# %% book/14-bench.md, exported cell 31 (1f4d720a)
+def differing(found: Row, right: Row) -> float:
+    """The share of tokens that one has and the other lacks; 0 or 1 where only sums were kept."""
+    if "tokens" not in found:
+        return float(found["check"] != right["check"])
+    ours, theirs = set(found["tokens"]), set(right["tokens"])
+    return float(len(ours - theirs) / len(ours) or found["tokens"] != right["tokens"] and 1e-9)
+
+
+def compare_programs(
+    title: str, work: str, programs: dict[str, str], asked: dict[str, Any], *,
+    amount: float, repeats: int,
+) -> Iterator[Row]:  # fmt: skip
+    """As `contest`, for programs: each run in a Python of its own, in rounds of shuffled order."""
+    found: dict[str, list[Row]] = {name: [] for name in programs}
+    skipped, names, dice = dict[str, str](), list(programs), random.Random(0)
+    for _ in range(repeats):
+        dice.shuffle(names)
+        for name in [name for name in names if name not in skipped]:
+            try:
+                found[name].append(run_program(programs[name], asked))
+            except (RuntimeError, ValueError) as error:
+                skipped[name] = reason(error)
+    right = next((runs[0] for name, runs in found.items() if runs and OURS not in name), None)
+    took = {n: Timing(tuple(run["seconds"] for run in runs)) for n, runs in found.items()}
+    for name, runs in found.items():
+        row: Row = {"title": title, "work": work, "contestant": name}
+        wrong = differing(runs[0], right or runs[0]) if name not in skipped else 0.0
+        if name not in skipped and wrong and OURS in name:
+            skipped[name] = f"wrong: {wrong:.1%} differs"
+        if name in skipped:
+            yield row | {"skipped": skipped[name]}
+            continue
+        for key, share in (("median_us", 0.5), ("p10_us", 0.1), ("p90_us", 0.9)):
+            row[key] = 1e6 * took[name].quantile(share)
+        ratio = took[name].median / took[OURS].median if took[OURS].samples else None
+        row |= {"ratio": ratio, "repeats": repeats, "rate": amount / took[name].median}
+        peak = max(run["peak_mb"] for run in runs)
+        yield row | {"unit": "MB/s", "error": wrong, "peak_mb": round(peak)}
+
+
+# %% book/14-bench.md, exported cell 32 (711b4f61)
+def cut_texts(text: Path, folder: Path, sizes: Iterable[float], unseen: float) -> dict[str, Path]:
+    """Write the beginnings of a text, `sizes` in MB, and its end, `unseen` MB, to files."""
+    whole, end = text.read_bytes(), f"\n{END_OF_TEXT}\n".encode()
+    keep = whole.rfind(end, 0, len(whole) - int(unseen * 1e6)) + len(end)
+    if not len(end) < keep < len(whole):
+        raise ValueError(f"{text}: not {unseen} MB of documents ended by lines {END_OF_TEXT}")
+    pieces = {"unseen": whole[keep:]}
+    for size in sorted({min(size, keep / 1e6) for size in sizes}):
+        pieces[f"{size:.3g}"] = whole[: whole.rfind(end, 0, int(size * 1e6) + 1) + len(end)]
+    for name, piece in pieces.items():
+        (folder / name).with_suffix(".txt").write_bytes(piece)
+    return {name: (folder / name).with_suffix(".txt") for name in pieces}
+
+
+def bench_tokenizer(
+    *, text: str = "", sizes: Iterable[float] = (10, 100, 400), unseen: float = 50.0,
+    vocab_size: int = 32_000, split: str = "gpt2", cores: int = 2, repeats: int | None = None,
+) -> Iterator[Row]:  # fmt: skip
+    """Training and encoding beside the peers: each run is a process of its own, on `cores` cores.
+
+    `text` is a file of documents, each ended by a line <|endoftext|>; without one, fables. `sizes`
+    of it are learnt from (MB), its last `unseen` MB are encoded with what the largest gave.
+    """
+    pattern, repeats = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT}[split], repeats or 3
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if not text:
+            text, sizes, unseen = str(folder / "fables.txt"), (2, 6), 1.0
+            Path(text).write_text("".join(f"{t}\n{END_OF_TEXT}\n" for t in fables(10_000)), "utf-8")
+        files = cut_texts(Path(text), folder, sizes, unseen)
+        title = f"tokenizer, {vocab_size} ids, {split}"
+        asked: dict[str, Any] = {"vocab_size": vocab_size, "pattern": pattern, "gpt2": GPT2_SPLIT}
+        asked |= {key: str(folder / key) for key in ("hf", "shards", "tokenizer")}
+        last = list(files)[-1]
+        works = [(f"train on {size} MB", TRAINERS, size, cores) for size in list(files)[1:]]
+        works += [(f"shards of {last} MB", SHARDS, last, cores)]
+        works += [(f"encode, {n} core{'s'[: n > 1]}", ENCODERS, "unseen", n) for n in {1, cores}]
+        works += [("encode 100 letters", PROMPTS, "unseen", 1)]
+        for work, programs, size, count in works:
+            asked |= {"text": str(files[size]), "cores": count}
+            amount = 1e-4 if programs is PROMPTS else files[size].stat().st_size / 1e6
+            rows = compare_programs(title, work, programs, asked, amount=amount, repeats=repeats)
+            yield from ({"MB": amount, "cores": count} | row for row in rows)
+
+
 CASES: dict[str, Callable[..., Iterator[Row]]] = {
     "attention": bench_attention,
     "ceilings": bench_ceilings,
     "loss": bench_loss,
     "optim": bench_optim,
     "step": bench_step,
+    "tokenizer": bench_tokenizer,
 }

@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: b6d6644a
+# The seal of all that stands in no cell: d63ce51a
 """`nanolm.data`, derived in the book, where each line has its reason:
 
 - book/02-data.md: The data
@@ -19,25 +19,19 @@ import os
 import random
 import re
 import shutil
-import signal
-import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from functools import cache
-from itertools import accumulate, chain, islice
-from multiprocessing import get_context, parent_process
+from itertools import accumulate, chain
 from pathlib import Path
-from threading import Thread
-from types import ModuleType
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from nanolm.fastbpe import count_workers, encode_array, in_order
 from nanolm.tokenizer import END_OF_TEXT, Tokenizer
 
 __all__ = [
@@ -483,7 +477,7 @@ def read_parquet(path: Path) -> Iterator[str]:
         yield pick_text(row, f"row {number}")
 
 
-# %% book/02-data.md, exported cell 13 (8160da09)
+# %% book/02-data.md, exported cell 13 (dfe6dd3e)
 READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
@@ -514,6 +508,19 @@ def find_files(source: str) -> list[Path]:
     if not files:
         raise ValueError(f"{source}: no file there ends in {known}")
     return files
+
+
+def plain_files(sources: Sequence[str]) -> list[Path]:
+    """The files of `sources` if all are large texts, not compressed; otherwise none.
+
+    A reader in a hurry, such as the tokenizer's trainer, may cut such files as it likes.
+    """
+    if any(source.startswith("hf:") or source.split(":")[0] == "fables" for source in sources):
+        return []
+    found = [find_files(source) for source in sources]
+    large = all(sum(file.stat().st_size for file in files) > 1 << 20 for files in found)
+    plain = all(file.suffix.lower() in (".txt", ".md") for files in found for file in files)
+    return [file for files in found for file in files] if large and plain else []
 
 
 # %% book/02-data.md, exported cell 14 (a47aea19)
@@ -590,7 +597,7 @@ def read_documents(
     return documents()
 
 
-# %% book/02-data.md, exported cell 17 (13d28153)
+# %% book/02-data.md, exported cell 17 (fe41bccc)
 class Piece(NamedTuple):
     """Some documents of one split as ids, each closed by end-of-text, and their log-probability."""
 
@@ -605,19 +612,18 @@ def encode_documents(
 
     Their log-probability (nats) is worked out if `weighed`: all of them are fables.
     """
-    ids: dict[str, list[int]] = {"train": [], "val": []}
+    found: dict[str, list[str]] = {"train": [], "val": []}
     log_prob = {"train": 0.0, "val": 0.0}
     for text in texts:
         split = label or side(text, val_fraction)
-        ids[split] += [*tokenizer.encode(text), tokenizer.end_of_text]
+        found[split].append(text)
         log_prob[split] += fable_log_prob(text) if weighed else math.nan
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    return {split: Piece(np.array(ids[split], dtype), log_prob[split]) for split in ids}
+    return {s: Piece(encode_array(tokenizer, mine), log_prob[s]) for s, mine in found.items()}
 
 
-# %% book/02-data.md, exported cell 18 (3e8c6761)
-CHUNK = 1 << 18  # characters for one task of a worker
-FEW = 8  # chunks; for less it does not pay to start a process
+# %% book/02-data.md, exported cell 18 (29c54b79)
+CHUNK = 1 << 20  # characters for one task of a worker
+FEW = 4  # chunks; for less it does not pay to start a process
 
 
 def cut_chunks(documents: Iterator[str], label: str) -> Iterator[tuple[list[str], str]]:
@@ -646,54 +652,7 @@ def encode_chunk(
     return encode_documents(*chunk, load_tokenizer(path), val_fraction, weighed)
 
 
-def begin_worker() -> None:
-    """Leave Ctrl-C to the main process, and end when it ends, however that happens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent: Any = parent_process()
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def blank_main() -> Iterator[None]:
-    """Hide the main program while a process starts, lest the child run it a second time."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-# %% book/02-data.md, exported cell 19 (fd7fdf70)
-def encode_all(
-    chunks: Iterator[tuple[list[str], str]], workers: int, *rest: Any
-) -> Iterator[dict[str, Piece]]:
-    """Encode chunks by several processes, in their order, with few chunks in memory at a time."""
-    head = list(islice(chunks, FEW))
-    chunks = chain(head, chunks)
-    if workers == 1 or len(head) < FEW:
-        yield from (encode_chunk(chunk, *rest) for chunk in chunks)
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), begin_worker)
-    waiting: deque[Any] = deque()
-    try:
-        for chunk in chunks:
-            with blank_main():
-                waiting.append(pool.submit(encode_chunk, chunk, *rest))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-# %% book/02-data.md, exported cell 20 (04a1fe1d)
+# %% book/02-data.md, exported cell 19 (04a1fe1d)
 class ShardWriter:
     """Writes the tokens of one split to `folder`, in files of at most `shard_tokens` tokens."""
 
@@ -743,7 +702,7 @@ class ShardWriter:
         return (head | shard | facts for shard in self.shards)
 
 
-# %% book/02-data.md, exported cell 21 (861eb811)
+# %% book/02-data.md, exported cell 20 (861eb811)
 def publish(part: Path, out: Path, descriptions: list[dict[str, Any]]) -> None:
     """Move finished shards from `part` to `out`: old descriptions go first, new ones come last."""
     for old in (p for split in ("train", "val") for p in out.glob(f"{split}-*.json")):
@@ -760,7 +719,7 @@ def publish(part: Path, out: Path, descriptions: list[dict[str, Any]]) -> None:
         os.replace(path, out / path.name)
 
 
-# %% book/02-data.md, exported cell 22 (951a8f58)
+# %% book/02-data.md, exported cell 21 (951a8f58)
 def write_shards(
     part: Path, pieces: Iterator[dict[str, Piece]], tokenizer: Tokenizer, shard_tokens: int
 ) -> list[dict[str, Any]]:
@@ -787,17 +746,7 @@ def is_fables(sources: str | Sequence[str]) -> bool:
     return all(str(name).split(":")[0] == "fables" for name in names)
 
 
-# %% book/02-data.md, exported cell 23 (338d405f)
-def count_workers(workers: int | None) -> int:
-    """The number of worker processes: as many as there are CPUs for us, unless given."""
-    if workers is None:
-        usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        return len(usable(0))
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
-    return workers
-
-
+# %% book/02-data.md, exported cell 22 (82e02374)
 def sweep(out: Path) -> None:
     """Remove the hidden folders of killed runs: those in which nothing changed for a day."""
     for part in out.glob(".part-*"):
@@ -839,19 +788,21 @@ def prepare(
     sweep(out)
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=out))
     try:
-        tokenizer.save(part / "tokenizer.json")
+        tokenizer.save(part / "tokenizer.json", compiled=True)
         show: Any = dict(desc="encoding", unit=" documents", disable=not progress)
         chunked = (cut_chunks(tqdm(text, **show), label) for label, text in texts.items())
         weighed = all(map(is_fables, named.values()))
         chunks = chain.from_iterable(chunked)
-        pieces = encode_all(chunks, processes, part / "tokenizer.json", val_fraction, weighed)
+        shared = part / "tokenizer.json", val_fraction, weighed
+        pieces = in_order(encode_chunk, chunks, processes, FEW, *shared)
         publish(part, out, write_shards(part, pieces, tokenizer, shard_tokens))
     finally:
+        load_tokenizer.cache_clear()
         shutil.rmtree(part, ignore_errors=True)
     return out
 
 
-# %% book/02-data.md, exported cell 24 (a4d9c236)
+# %% book/02-data.md, exported cell 23 (a4d9c236)
 def read_descriptions(folder: Path, split: str) -> list[dict[str, Any]]:
     """What the JSON files beside the shards of a split say; ValueError unless it makes sense."""
     paths = sorted(folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].json"))
@@ -891,7 +842,7 @@ def map_shard(folder: Path, shard: dict[str, Any], verify: bool) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
-# %% book/02-data.md, exported cell 25 (d80070df)
+# %% book/02-data.md, exported cell 24 (d80070df)
 class TokenData:
     """The tokens of one split, "train" or "val", as `prepare` wrote them: mapped, not loaded.
 
@@ -922,7 +873,7 @@ class TokenData:
         return np.concatenate(parts)
 
 
-# %% book/02-data.md, exported cell 26 (bc5f4da5)
+# %% book/02-data.md, exported cell 25 (bc5f4da5)
 class Batches:
     """Batches of windows of a text, number i a pure function of (seed, i): to resume, keep i.
 

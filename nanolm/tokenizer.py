@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 186ea43c
+# The seal of all that stands in no cell: f53f72b0
 """`nanolm.tokenizer`, derived in the book, where each line has its reason:
 
 - book/01-tokenizer.md: The tokenizer
@@ -10,6 +10,8 @@ with `python -m nanolm.tangle --update`.
 import hashlib
 import json
 import os
+import re
+from base64 import b64encode
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
@@ -24,6 +26,7 @@ __all__ = [
     "Tokenizer",
     "END_OF_TEXT",
     "GPT2_SPLIT",
+    "GPT4_SPLIT",
 ]
 
 
@@ -65,8 +68,12 @@ def well_formed(text: str) -> str:
     return text
 
 
-# %% book/01-tokenizer.md, exported cell 4 (8f84e59c)
+# %% book/01-tokenizer.md, exported cell 4 (a8daec6e)
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT4_SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 
 
 def compile_split(pattern: str) -> regex.Pattern[str]:
@@ -88,6 +95,13 @@ def compile_split(pattern: str) -> regex.Pattern[str]:
 def split_words(text: str, pattern: regex.Pattern[str]) -> Iterator[str]:
     """Cut `text` into the words that no token may cross; joined, they are `text` again."""
     return (match[0] for match in pattern.finditer(text) if match[0])
+
+
+ASCII_SPLITS = {
+    GPT2_SPLIT: r"'(?:[sdmt]|ll|ve|re)| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+",
+    GPT4_SPLIT: r"'(?i:[sdmt]|ll|ve|re)|[^\r\na-zA-Z0-9]?[a-zA-Z]+|[0-9]{1,3}"
+    r"| ?[^\sa-zA-Z0-9]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+}
 
 
 # %% book/01-tokenizer.md, exported cell 5 (1037ce7c)
@@ -266,26 +280,31 @@ def read_merges(lines: Iterable[str]) -> list[TokenPair]:
     return merges
 
 
-# %% book/01-tokenizer.md, exported cell 14 (829d6123)
+# %% book/01-tokenizer.md, exported cell 14 (38cd9314)
 def seal(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of `content`, whatever the order of its keys or its white space."""
     compact = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(compact.encode()).hexdigest()
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` and its seal as JSON: all of it or, if anything fails, nothing."""
-    text = json.dumps(content | {"sha256": seal(content)}, ensure_ascii=False, indent=1)
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file: all of it or, if anything fails, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            file.write(text.encode() + b"\n")
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` and its seal as JSON: all of it or, if anything fails, nothing."""
+    text = json.dumps(content | {"sha256": seal(content)}, ensure_ascii=False, indent=1)
+    write_whole(path, text.encode() + b"\n")
 
 
 # %% book/01-tokenizer.md, exported cell 15 (c20b4074)
@@ -321,9 +340,36 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return content
 
 
-# %% book/01-tokenizer.md, exported cell 16 (6019b09e)
+# %% book/01-tokenizer.md, exported cell 16 (e33cacff)
+def describe_hf(
+    tokens: Sequence[str], merges: Sequence[str], pattern: str, specials: Mapping[str, int]
+) -> dict[str, Any]:
+    """What `tokenizer.json` says to Hugging Face's `tokenizers`; tokens and merges spelt."""
+    split = pattern if pattern in ASCII_SPLITS else rf"{pattern}|[\s\S]"  # see compile_split
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    pieces = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": name, "special": True} | plain for name, i in specials.items()]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    steps = {"type": "Sequence", "pretokenizers": [pieces, level | {"use_regex": False}]}
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": steps,
+        "decoder": level | {"use_regex": True},
+        "model": {"type": "BPE", "vocab": vocab, "merges": list(merges)},
+    }
+
+
+def describe_tiktoken(tokens: Sequence[bytes]) -> bytes:
+    """The lines of a rank file of tiktoken."""
+    return b"".join(b"%s %d\n" % (b64encode(token), i) for i, token in enumerate(tokens))
+
+
+# %% book/01-tokenizer.md, exported cell 17 (d06cda58)
 CACHED_WORDS = 1 << 17
 CACHED_LENGTH = 32  # characters
+BULK = 2000  # characters; longer texts are for `nanolm.fastbpe`
 
 
 class Tokenizer:
@@ -347,32 +393,48 @@ class Tokenizer:
         self.merges = [(int(left), int(right)) for left, right in merges]
         self.pattern = pattern
         self.special_tokens = number_specials(special_tokens, 256 + len(self.merges))
+        self.ranks = {pair: 256 + k for k, pair in enumerate(self.merges)}
         self._split = compile_split(pattern)
+        self._ascii = re.compile(ASCII_SPLITS.get(pattern, ""), re.ASCII)
         self._tokens = build_tokens(self.merges) + [name.encode() for name in special_tokens]
-        self._ranks = {pair: 256 + k for k, pair in enumerate(self.merges)}
         self._cache: dict[str, list[int]] = {}
+        self.known: Any = None  # words that fastbpe may know from the start, or their file
+        self._bulk: Any = None  # its encoder, once there was use for it
 
     @classmethod
     def train(
         cls,
-        texts: Iterable[str],
+        texts: Iterable[str | os.PathLike[str]],
         vocab_size: int,
         *,
         pattern: str = GPT2_SPLIT,
         special_tokens: Sequence[str] = (END_OF_TEXT,),
+        workers: int | None = None,
         progress: bool = False,
     ) -> "Tokenizer":
         """Learn a vocabulary of `vocab_size` ids from `texts`: bytes, merges, special tokens.
 
-        It stays smaller if every word becomes a single token first. A special token written in
-        `texts` counts as ordinary text.
+        A text is a string, or the path of a UTF-8 file whose documents end with a line
+        <|endoftext|>. The vocabulary stays smaller if every word becomes a single token first. A
+        special token written in a text counts as ordinary text. `workers` processes (all CPUs
+        unless given) share large texts; they do not change the result.
         """
         least = 256 + len(special_tokens)
         if vocab_size < least:
             raise ValueError(f"vocab_size {vocab_size} is below {least}, the bytes and specials")
-        words = count_words(texts, compile_split(pattern), progress=progress)
-        merges = learn_merges(words, vocab_size - least, progress=progress)
-        return cls(merges, pattern=pattern, special_tokens=special_tokens)
+        if isinstance(texts, str | os.PathLike):
+            raise ValueError("texts is a single string; pass a list of strings, such as [text]")
+        from nanolm.fastbpe import open_texts, train_merges  # of the next chapter
+
+        limit, known = vocab_size - least, None
+        if pattern in ASCII_SPLITS:
+            merges, known = train_merges(texts, limit, pattern, workers=workers, progress=progress)
+        else:
+            words = count_words(open_texts(texts), compile_split(pattern), progress=progress)
+            merges = learn_merges(words, limit, progress=progress)
+        tokenizer = cls(merges, pattern=pattern, special_tokens=special_tokens)
+        tokenizer.known = known
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -397,6 +459,8 @@ class Tokenizer:
         A special token written in `text` is ordinary text unless `allowed_special` names it or is
         "all". Lone surrogates become U+FFFD, as in tiktoken.
         """
+        if allowed_special == ():
+            return self._encode_ordinary(text)
         allowed, text = choose_specials(allowed_special, self.special_tokens), well_formed(text)
         if not allowed:
             return self._encode_ordinary(text)
@@ -406,14 +470,21 @@ class Tokenizer:
         return ids
 
     def _encode_ordinary(self, text: str) -> list[int]:
+        if len(text) > BULK and self.pattern in ASCII_SPLITS:
+            return next(iter(self.encode_batch([text])))
+        words: Iterable[str]
+        if self._ascii.pattern and text.isascii():
+            words = self._ascii.findall(text)
+        else:
+            words = split_words(well_formed(text), self._split)
         ids: list[int] = []
-        for word in split_words(text, self._split):
-            known = self._cache.get(word)
-            ids += self._encode_word(word) if known is None else known
+        cache = self._cache
+        for word in words:
+            ids += cache[word] if word in cache else self._encode_word(word)
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
-        ids = merge_word(byte_ids(word), self._ranks)
+        ids = merge_word(byte_ids(word), self.ranks)
         if len(self._cache) >= CACHED_WORDS:
             self._cache.clear()
         if len(word) <= CACHED_LENGTH:
@@ -421,10 +492,14 @@ class Tokenizer:
         return ids
 
     def encode_batch(
-        self, texts: Iterable[str], *, allowed_special: Collection[str] = ()
+        self, texts: Iterable[str], *, allowed_special: Collection[str] = (), workers: int = 1
     ) -> list[list[int]]:
-        """Return the ids of each text."""
-        return [self.encode(text, allowed_special=allowed_special) for text in texts]
+        """Return the ids of each text; large amounts may be shared by `workers` processes."""
+        if allowed_special or self.pattern not in ASCII_SPLITS:
+            return [self.encode(text, allowed_special=allowed_special) for text in texts]
+        from nanolm.fastbpe import encode_texts
+
+        return list(encode_texts(self, texts, workers))
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of one id; ValueError if there is no such id."""
@@ -450,19 +525,44 @@ class Tokenizer:
             "merges": [f"{spelt[left]} {spelt[right]}" for left, right in self.merges],
         }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Save as readable JSON: all of it or, if anything fails, nothing."""
+    def save(self, path: str | os.PathLike[str], *, compiled: bool = False) -> None:
+        """Save as readable JSON: all of it or, if anything fails, nothing.
+
+        `compiled` adds a file .words beside it, from which a start is faster; it is made again by
+        itself if it does not fit the JSON.
+        """
         write_sealed(Path(path), self._content())
+        if compiled and self.pattern in ASCII_SPLITS:
+            from nanolm.fastbpe import save_known
+
+            save_known(self, Path(path).with_suffix(".words"))
+
+    def save_hf(self, path: str | os.PathLike[str]) -> None:
+        """Save as a `tokenizer.json` for Hugging Face's `tokenizers` and `transformers`."""
+        content, first = self._content(), 256 + len(self.merges)
+        spelt = [spell(token) for token in self._tokens[:first]]
+        found = describe_hf(spelt, content["merges"], self.pattern, self.special_tokens)
+        write_whole(Path(path), json.dumps(found, ensure_ascii=False, indent=1).encode() + b"\n")
+
+    def save_tiktoken(self, path: str | os.PathLike[str]) -> None:
+        """Save the ranks of the tokens as tiktoken reads them, without the special tokens."""
+        write_whole(Path(path), describe_tiktoken(self._tokens[: 256 + len(self.merges)]))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """Load what `save` saved; ValueError in one line if the file is not sound."""
         content = read_sealed(Path(path))
         try:
-            return cls(
+            tokenizer = cls(
                 read_merges(content["merges"]),
                 pattern=content["pattern"],
                 special_tokens=content["special_tokens"],
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        compiled = Path(path).with_suffix(".words")
+        tokenizer.known = compiled if compiled.is_file() else None
+        return tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_bulk": None}  # which has a lock, and is soon made again

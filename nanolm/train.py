@@ -451,7 +451,7 @@ def load_checkpoint(
             log(f"{error}; using the checkpoint before it")
 
 
-# %% book/09-train.md, exported cell 17 (b6d35428)
+# %% book/09-train.md, exported cell 17 (26090dc1)
 def metrics(run: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl: one a step, and one an evaluation."""
     path, rows = Path(run) / "metrics.jsonl", []
@@ -461,10 +461,10 @@ def metrics(run: str | Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
-def append_metrics(run: Path, row: dict[str, Any]) -> None:
-    """Add one line to a run's metrics.jsonl."""
+def append_metrics(run: Path, *rows: dict[str, Any]) -> None:
+    """Add lines to a run's metrics.jsonl."""
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # %% book/09-train.md, exported cell 18 (7ab78374)
@@ -527,7 +527,7 @@ def diverged(run: Run, what: str, step: int) -> ValueError:
     return ValueError(f"the {what} is not finite at step {step}: {go_on(run)} {lower}")
 
 
-# %% book/09-train.md, exported cell 21 (a8642ff3)
+# %% book/09-train.md, exported cell 21 (ae56323b)
 def collect(run: Run) -> str:
     """Fetch the losses since the last call, append them to the metrics, return the log line."""
     c, count = run.config, len(run.pending)
@@ -535,12 +535,16 @@ def collect(run: Run) -> str:
     norms = torch.stack([norm for _, norm, _ in run.pending]).tolist()
     tokens = count * c.batch_size * c.grad_accum * run.model.config.max_seq_len
     speed = round(tokens / (time.perf_counter() - run.clock))
-    for i, (_, _, lr) in enumerate(run.pending):
-        row = {"step": run.step - count + 1 + i, "loss": losses[i], "lr": lr}
-        for what, value in (("loss", losses[i]), ("gradient", norms[i])):
-            if not math.isfinite(value):
-                raise diverged(run, what, row["step"])
-        append_metrics(run.folder, row | {"grad_norm": norms[i], "tokens_per_second": speed})
+    rows: list[dict[str, Any]] = []
+    try:
+        for i, (_, _, lr) in enumerate(run.pending):
+            row = {"step": run.step - count + 1 + i, "loss": losses[i], "lr": lr}
+            for what, value in (("loss", losses[i]), ("gradient", norms[i])):
+                if not math.isfinite(value):
+                    raise diverged(run, what, row["step"])
+            rows.append(row | {"grad_norm": norms[i], "tokens_per_second": speed})
+    finally:
+        append_metrics(run.folder, *rows)
     run.pending.clear()
     step, rate = f"{run.step:0{len(str(c.steps))}}", f"{lr:.1e}".replace("e-0", "e-")
     return f"step {step}/{c.steps}  loss {sum(losses) / count:.3f}  lr {rate}  tok/s {speed}"
@@ -633,7 +637,7 @@ def restore(run: Run, log: Log) -> None:
         log(f"{run.folder} is already finished: it has done its {run.step} steps")
 
 
-# %% book/09-train.md, exported cell 27 (b3b5e5fa)
+# %% book/09-train.md, exported cell 27 (56139e04)
 def open_run(
     model_config: ModelConfig, config: TrainConfig, *, resume: bool, log: Log, progress: bool
 ) -> Run:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanolm import bench
 from nanolm.__main__ import main
 from nanolm.bench import AttentionShape, Timing, bench_attention, contest, race, report, stopwatch
+from nanolm.data import fables
 
 TIMES = st.lists(st.floats(1e-7, 10), min_size=1, max_size=60)
 EASY = {"amount": 1.0, "unit": "FLOP", "tolerance": 1e-3, "repeats": 3}
@@ -535,3 +536,64 @@ def test_each_mistake_gets_one_line(words, capsys, tmp_path, monkeypatch):
     (line,) = shown.err.strip().splitlines()
     assert MISTAKES[words] in line
     assert not list(Path().iterdir())
+
+
+# ---------------------------------------------------------------- programs of their own
+
+
+def test_programs_are_run_apart_and_compared():
+    programs = {
+        "nanolm": "answer(0.25, check='a')",
+        "peer": "answer(0.5, check='a')",
+        "liar": "answer(0.1, check='b')",
+        "absent": "import nobody_has_this",
+        "mute": "pass",
+    }
+    rows = list(bench.compare_programs("t", "w", programs, {"cores": 1}, amount=3, repeats=2))
+    found = {row["contestant"]: row for row in rows}
+    assert found["absent"]["skipped"].endswith("No module named 'nobody_has_this'")
+    assert "skipped" in found["mute"]
+    assert found["peer"]["ratio"] == 2 and found["peer"]["error"] == 0
+    assert found["liar"]["error"] == 1 and found["nanolm"]["rate"] == 12
+    assert found["nanolm"]["repeats"] == 2 and "MB" in bench.table(rows)
+    alone = {"nanolm": "answer(0.25, check='a')", "peer": "answer(0.5, check='b')"}
+    rows = list(bench.compare_programs("t", "w", alone, {"cores": 1}, amount=3, repeats=1))
+    assert rows[0]["skipped"] == "wrong: 100.0% differs"
+
+
+def test_tokens_are_compared_one_by_one():
+    ours, same = {"tokens": ["61", "62", "63"]}, {"tokens": ["61", "62", "63"]}
+    assert bench.differing(ours, same) == 0
+    assert 0 < bench.differing(ours, {"tokens": ["62", "61", "63"]}) < 1e-6
+    assert bench.differing(ours, {"tokens": ["61", "62", "64"]}) == pytest.approx(1 / 3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
+def test_memory_is_that_of_the_whole_tree():
+    program = "import subprocess; subprocess.run([sys.executable, '-c', HOLD]); answer(1)"
+    hold = "x = b'x' * 10**8; import time; time.sleep(0.5)"
+    found = bench.run_program(f"HOLD = {hold!r}\n{program}", {"cores": 1})
+    assert 100 < found["peak_mb"] < 200
+
+
+def test_tokenizers_are_compared(tmp_path, capsys):
+    texts = "".join(f"{text}\n<|endoftext|>\n" for text in fables(900))
+    (tmp_path / "text.txt").write_text(texts, encoding="utf-8")
+    line = f"bench tokenizer --text {tmp_path / 'text.txt'} --sizes 0.2 --unseen 0.1 --cores 1"
+    kept = tmp_path / "kept.json"
+    assert main(f"{line} --vocab-size 900 --repeats 1 --json {kept}".split()) == 0
+    result = json.loads(kept.read_text())
+    rows = {(row["work"], row["contestant"]): row for row in result["rows"]}
+    for work, peer in (("train on 0.2 MB", "tokenizers"), ("encode, 1 core", "tiktoken, lists")):
+        assert rows[work, "nanolm"]["error"] == rows[work, peer]["error"] == 0
+        assert rows[work, "nanolm"]["ratio"] == 1 and rows[work, peer]["ratio"] > 0
+    assert all(row["cores"] == 1 and "skipped" not in row or row["contestant"] == "rustbpe"
+               for row in result["rows"])  # fmt: skip
+    assert "shards of 0.2 MB" in capsys.readouterr().out
+    assert str(tmp_path) not in json.dumps(result["rows"])
+
+
+def test_a_text_without_documents_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("no end" * 100)
+    with pytest.raises(ValueError, match="documents ended by lines"):
+        next(bench.bench_tokenizer(text=str(tmp_path / "text.txt"), unseen=0.0001))

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import os
 import pickle
 import random
 import time
@@ -22,6 +23,7 @@ from nanolm.tokenizer import (
     BYTE_OF_ID,
     END_OF_TEXT,
     GPT2_SPLIT,
+    GPT4_SPLIT,
     Tokenizer,
     count_words,
     learn_merges,
@@ -30,11 +32,8 @@ from nanolm.tokenizer import (
     spell,
 )
 
-GPT2 = Path(__file__).parents[2] / "shared" / "data" / "gpt2"
-GPT4_SPLIT = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+SHARED = Path(os.environ.get("NANOLM_SHARED") or Path(__file__).parents[2] / "shared")
+GPT2 = SHARED / "data" / "gpt2"
 ANIMALS = "fox hen owl crow hare mole stoat clock bell spring wheel pendulum".split()
 HARD = [
     "",
@@ -603,7 +602,7 @@ def test_a_tokenizer_can_travel_to_another_process(small):
 
 
 @pytest.mark.skipif(not GPT2.exists(), reason="GPT-2's vocabulary is not there")
-def test_gpt2_loads_and_encodes_as_tiktoken():
+def test_gpt2_loads_and_encodes_as_tiktoken(monkeypatch):
     lines = (GPT2 / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     tokenizer = Tokenizer(read_merges(lines))
     vocab = json.loads((GPT2 / "vocab.json").read_text(encoding="utf-8"))
@@ -611,6 +610,9 @@ def test_gpt2_loads_and_encodes_as_tiktoken():
     assert spelt | tokenizer.special_tokens == vocab and tokenizer.vocab_size == 50257
     peer = tiktoken_of(tokenizer)
     source = Path(module.__file__).read_text(encoding="utf-8")
-    for text in [*HARD, *fables(50), source, regex.sub(r"\s", "", source)]:
-        assert tokenizer.encode(text) == peer.encode_ordinary(text)
+    texts = [*HARD, *fables(50), source, regex.sub(r"\s", "", source)]
+    expected = [peer.encode_ordinary(text) for text in texts]
+    for ways in (1, 10**9):  # of encoding: in bulk, and word by word
+        monkeypatch.setattr(module, "BULK", ways)
+        assert [tokenizer.encode(text) for text in texts] == expected
     assert tokenizer.encode("hello world") == [31373, 995]
