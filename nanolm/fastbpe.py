@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: c6735596
+# The seal of all that stands in no cell: 214057cb
 """`nanolm.fastbpe`, derived in the book, where each line has its reason:
 
 - book/01b-fastbpe.md: The tokenizer, at speed
@@ -22,9 +22,9 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, cached_property
 from heapq import heapify, heappop, heappush
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Lock, Thread
@@ -759,7 +759,49 @@ def merge_row(
     return tokens[tokens != row.end], np.diff(ends) - 1
 
 
-# %% book/01b-fastbpe.md, exported cell 27 (b76ea323)
+# %% book/01b-fastbpe.md, exported cell 27 (507383d1)
+PIECES = re.compile(rb"[\x80-\xbf]+|[^\x80-\xbf][\x80-\xbf]*")  # characters, or their parts
+
+
+class Joints:
+    """Which characters stand side by side in some token: between others a word may be cut."""
+
+    def __init__(self, tokens: Iterable[bytes]) -> None:
+        pairs = {pair for token in tokens for pair in pairwise(PIECES.findall(token))}
+        pieces = sorted({piece for pair in pairs for piece in pair})
+        whole = [piece for piece in pieces if len(piece.decode(errors="ignore")) == 1]
+        ids = {piece: i for i, piece in enumerate(whole, 1)}  # 0 is for all others
+        heads: dict[bytes, list[int]] = defaultdict(lambda: [0])
+        tails: dict[bytes, list[int]] = defaultdict(lambda: [0])
+        for piece, i in ids.items():
+            for n in range(1, len(piece)):
+                heads[piece[:n]].append(i)
+                tails[piece[n:]].append(i)
+        self.kinds = np.zeros(0x110000, np.int32)
+        self.kinds[[ord(piece.decode()) for piece in whole]] = range(1, len(whole) + 1)
+        self.joined = np.zeros((len(ids) + 1, len(ids) + 1), bool)
+        known = [(ids[a], ids[b]) for a, b in pairs if a in ids and b in ids]
+        self.joined[tuple(np.array(known, int).reshape(-1, 2).T)] = True
+        for a, b in pairs:
+            if not (a in ids and b in ids):
+                left, right = [ids[a]] if a in ids else tails[a], [ids[b]] if b in ids else heads[b]
+                self.joined[np.ix_(left, right)] = True
+
+    def cut(self, block: bytes, starts: np.ndarray) -> np.ndarray:
+        """The starts of a block's words, and of the pieces of those longer than 8 bytes."""
+        lengths = np.diff(starts, append=len(block))
+        text = block.decode("utf-8", "surrogateescape").encode("utf-32-le", "surrogatepass")
+        kinds = self.kinds.take(np.frombuffer(text, "<u4"))
+        apart = ~self.joined.ravel().take(kinds[:-1] * len(self.joined) + kinds[1:])
+        first_bytes = np.flatnonzero(np.frombuffer(block, np.int8) >= -64)
+        start = np.zeros(len(block), bool)
+        start[first_bytes[1:][apart]] = True
+        start &= np.repeat(lengths > 8, lengths)
+        start[starts] = True
+        return np.flatnonzero(start)
+
+
+# %% book/01b-fastbpe.md, exported cell 28 (b76ea323)
 POOL = 1 << 24  # ids of words that are kept; beyond, all are forgotten
 
 
@@ -768,7 +810,7 @@ def mark_of(tokenizer: Tokenizer) -> int:
     return tokenizer.special_tokens.get(END_OF_TEXT, tokenizer.vocab_size)
 
 
-# %% book/01b-fastbpe.md, exported cell 28 (8f14a030)
+# %% book/01b-fastbpe.md, exported cell 29 (c1dc9cb0)
 class Encoder(WordMap):
     """Encodes documents, many words at a time. A word's value says where its ids are kept.
 
@@ -823,9 +865,17 @@ class Encoder(WordMap):
             found = [self._gather(*block) for block in cut_blocks(data, self.tokenizer.pattern)]
         return np.concatenate([np.empty(0, self.dtype), *found])
 
+    @cached_property
+    def joints(self) -> Joints:
+        """Where this tokenizer's words may be cut; made when a text needs it."""
+        return Joints(self.tokenizer.token_bytes(i) for i in range(len(self.sizes)))
+
     def _gather(self, block: bytes, starts: np.ndarray) -> np.ndarray:
         if self.used > POOL:
             self.forget()
+        lengths = np.diff(starts, append=len(block))
+        if 8 * lengths[lengths > 16].sum() > len(block):
+            starts = self.joints.cut(block, starts)
         values = self.look_up(block, starts)
         sizes = values & 0xFFFF_FFFF
         index = np.repeat((values >> 32) + sizes - np.cumsum(sizes), sizes)
@@ -833,7 +883,7 @@ class Encoder(WordMap):
         return self.pool.take(index)
 
 
-# %% book/01b-fastbpe.md, exported cell 29 (475e8528)
+# %% book/01b-fastbpe.md, exported cell 30 (475e8528)
 Known = dict[str, np.ndarray]  # words1, words2, words4: columns (width, M); sizes, ids
 KNOWN = 1 << 18  # words
 
@@ -851,7 +901,7 @@ def known_words(counts: Counts, row: Row) -> Known:
     return known
 
 
-# %% book/01b-fastbpe.md, exported cell 30 (b8c907fd)
+# %% book/01b-fastbpe.md, exported cell 31 (b8c907fd)
 KNOWN_FORMAT = {"format": "nanolm-words", "version": 1}
 
 
@@ -860,7 +910,7 @@ def seal_known(head: Mapping[str, Any], body: bytes) -> str:
     return hashlib.sha256(json.dumps(head, sort_keys=True).encode() + body).hexdigest()
 
 
-# %% book/01b-fastbpe.md, exported cell 31 (655a5407)
+# %% book/01b-fastbpe.md, exported cell 32 (655a5407)
 def write_known(path: Path, fingerprint: str, known: Known) -> None:
     """Write the words that a tokenizer knows beside its JSON: a line of JSON, then raw arrays."""
     arrays = {name: a.astype(a.dtype.newbyteorder("<")) for name, a in sorted(known.items())}
@@ -871,7 +921,7 @@ def write_known(path: Path, fingerprint: str, known: Known) -> None:
     write_whole(path, line.encode() + body)
 
 
-# %% book/01b-fastbpe.md, exported cell 32 (827e0e2c)
+# %% book/01b-fastbpe.md, exported cell 33 (827e0e2c)
 def read_known(path: Path, fingerprint: str) -> Known | None:
     """Read what `write_known` wrote for this tokenizer; None if it is anything else."""
     try:
@@ -890,7 +940,7 @@ def read_known(path: Path, fingerprint: str) -> Known | None:
         return None
 
 
-# %% book/01b-fastbpe.md, exported cell 33 (ceebcc0d)
+# %% book/01b-fastbpe.md, exported cell 34 (ceebcc0d)
 SHARED: list[Any] = []  # in a worker: what all its tasks need
 
 
@@ -918,7 +968,7 @@ def blank_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-# %% book/01b-fastbpe.md, exported cell 34 (a83dfb49)
+# %% book/01b-fastbpe.md, exported cell 35 (a83dfb49)
 def count_workers(workers: int | None) -> int:
     """The number of worker processes: as many as there are CPUs for us, unless given."""
     if workers is None:
@@ -934,7 +984,7 @@ def run_task(function: Callable[..., Any], task: Any) -> Any:
     return function(task, *SHARED)
 
 
-# %% book/01b-fastbpe.md, exported cell 35 (8bdabf07)
+# %% book/01b-fastbpe.md, exported cell 36 (8bdabf07)
 def in_order(
     function: Callable[..., Any], tasks: Iterable[Any], workers: int, few: int, *shared: Any
 ) -> Iterator[Any]:
@@ -967,7 +1017,7 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-# %% book/01b-fastbpe.md, exported cell 36 (fd613b2b)
+# %% book/01b-fastbpe.md, exported cell 37 (fd613b2b)
 PART = 1 << 23  # bytes for one task of a worker
 SAFE_CUT = re.compile(  # after a newline between two visible characters, the second of them not <
     rb"(?<![\x00-\x20])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\xaf])"
@@ -989,7 +1039,7 @@ def cut_file(path: Path) -> Iterator[Part]:
             begin = end
 
 
-# %% book/01b-fastbpe.md, exported cell 37 (a4326aa7)
+# %% book/01b-fastbpe.md, exported cell 38 (a4326aa7)
 def read_part(path: Path, begin: int, end: int) -> bytes:
     """The documents of a part of a file, each ended by SEPARATOR; ValueError if it is not UTF-8."""
     with open(path, "rb") as file:
@@ -1013,7 +1063,7 @@ def read_part(path: Path, begin: int, end: int) -> bytes:
     return b"".join(text + SEPARATOR for text in whole if text)
 
 
-# %% book/01b-fastbpe.md, exported cell 38 (56f6df04)
+# %% book/01b-fastbpe.md, exported cell 39 (56f6df04)
 def open_texts(texts: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
     """The texts, and the documents of the files, as strings."""
     for text in texts:
@@ -1025,7 +1075,7 @@ def open_texts(texts: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
             yield text
 
 
-# %% book/01b-fastbpe.md, exported cell 39 (3c99cff1)
+# %% book/01b-fastbpe.md, exported cell 40 (3c99cff1)
 Texts = Iterable[str | os.PathLike[str]]
 
 
@@ -1044,7 +1094,7 @@ def cut_texts(texts: Texts, part: int = PART) -> Iterator[bytes | Part]:
     yield b"".join(waiting)
 
 
-# %% book/01b-fastbpe.md, exported cell 40 (8ef5df50)
+# %% book/01b-fastbpe.md, exported cell 41 (8ef5df50)
 def count_part(
     part: bytes | Part, pattern: str, counter: WordCounter
 ) -> tuple[Counts, dict[bytes, int], int]:
@@ -1065,7 +1115,7 @@ def count_all(texts: Texts, pattern: str, workers: int, progress: bool) -> WordC
     return counter
 
 
-# %% book/01b-fastbpe.md, exported cell 41 (74b8eaee)
+# %% book/01b-fastbpe.md, exported cell 42 (74b8eaee)
 def train_merges(
     texts: Texts, limit: int, pattern: str, *, workers: int | None, progress: bool
 ) -> tuple[list[TokenPair], Known]:
@@ -1087,7 +1137,7 @@ def train_merges(
     return merges, known_words(counts, row)
 
 
-# %% book/01b-fastbpe.md, exported cell 42 (129a890b)
+# %% book/01b-fastbpe.md, exported cell 43 (129a890b)
 def own_words(tokenizer: Tokenizer) -> Known:
     """The tokens of a tokenizer taken for words, and their ids, as `known_words` gives them."""
     tokens = [tokenizer.token_bytes(i) for i in range(256 + len(tokenizer.merges))]
@@ -1102,7 +1152,7 @@ def own_words(tokenizer: Tokenizer) -> Known:
     return known | {"sizes": sizes.astype(np.uint8)}
 
 
-# %% book/01b-fastbpe.md, exported cell 43 (89959ed7)
+# %% book/01b-fastbpe.md, exported cell 44 (89959ed7)
 def know(tokenizer: Tokenizer) -> Known | None:
     """The words that a tokenizer knows; a file of them that does not fit it is made again."""
     if isinstance(tokenizer.known, Path):
@@ -1119,7 +1169,7 @@ def save_known(tokenizer: Tokenizer, path: Path) -> None:
     write_known(path, tokenizer.fingerprint, know(tokenizer) or own_words(tokenizer))
 
 
-# %% book/01b-fastbpe.md, exported cell 44 (f7bbffaf)
+# %% book/01b-fastbpe.md, exported cell 45 (f7bbffaf)
 def encode_part(data: bytes, tokenizer: Tokenizer) -> np.ndarray:
     """What a worker does: encode documents, each ended by SEPARATOR; see `Encoder.encode`."""
     tokenizer._bulk = tokenizer._bulk or Encoder(tokenizer, know(tokenizer))
