@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-# %% book/07-loss.md, exported cell 1 (825b4a6b)
+# %% book/07-loss.md, exported cell 1 (6928c3c2)
 CHUNK = 2**24  # logits that may be alive at a time, in plain PyTorch
 
 
@@ -30,31 +30,46 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def share_of_one(targets: Tensor, V: int, ignore_index: int) -> Tensor:
+    """One over the number of targets that count, float32; not a number if one is no word."""
+    real = targets != ignore_index
+    wrong = real & ((targets < 0) | (targets >= V))
+    return torch.where(wrong.any(), torch.nan, 1 / real.sum(dtype=torch.float32))
+
+
+def room_for_gradients(hidden: Tensor, weight: Tensor, grads: bool) -> tuple[Tensor, Tensor]:
+    """Empty gradients of hidden, of float32 if it is float16, and of weight, at least float32."""
+    narrow = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    d_hidden = hidden.new_empty(hidden.shape if grads else (0, hidden.size(1)), dtype=narrow)
+    return d_hidden, hidden.new_empty(weight.shape if grads else 0, dtype=wide(hidden))
+
+
 def loss_by_chunks(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grads: bool,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The mean loss and, with `grads`, its gradients by hidden (N, D) and weight (V, D).
 
-    In plain PyTorch, with some `chunk` logits alive at a time.
+    In plain PyTorch, with some `chunk` logits alive at a time. Targets that are no words make the
+    loss and the gradients not a number.
     """
-    real, narrow = targets != ignore_index, weight.to(hidden.dtype)
-    share = 1 / real.sum(dtype=wide(hidden))
+    real, share = targets != ignore_index, share_of_one(targets, len(weight), ignore_index)
+    share, narrow = share.to(wide(hidden)), weight.to(hidden.dtype)
     loss, rows = torch.zeros_like(share), max(1, chunk // len(weight))
-    d_hidden = torch.empty_like(hidden if grads else hidden[:0])
-    d_weight = weight.new_zeros(weight.shape if grads else 0, dtype=wide(hidden))
+    d_hidden, d_weight = room_for_gradients(hidden, weight, grads)
+    d_weight.zero_()
     for i in range(0, len(hidden), rows):
         x, keep = hidden[i : i + rows], real[i : i + rows, None]
-        at = targets[i : i + rows, None].where(keep, 0)
+        at = targets[i : i + rows, None].where(keep, 0).clamp(0, len(weight) - 1)
         s = (x @ narrow.T).to(wide(hidden))  # (rows, V)
         z = s.logsumexp(-1, keepdim=True)
-        loss += torch.where(keep, z - s.gather(-1, at), 0).sum() * share
+        loss += torch.where(keep, z - s.gather(-1, at), 0).sum()
         if grads:
             p = s.sub_(z).exp_().scatter_add_(-1, at, torch.full_like(z, -1))
-            p = p.mul_(keep * share).to(hidden.dtype)
-            d_hidden[i : i + rows] = p @ narrow
+            p = p.mul_(keep).to(hidden.dtype)
+            d_hidden[i : i + rows] = (p @ narrow).to(d_hidden.dtype) * share
             d_weight += p.T @ x
-    return loss, d_hidden, d_weight
+    return loss * share, d_hidden, d_weight.mul_(share)
 
 
 # %% book/07-loss.md, exported cell 2 (6f718e37)
@@ -152,7 +167,7 @@ def weigh_kernel(
     tl.store(SUMS + tl.program_id(1) * N + row, total, mask=row < N)
 
 
-# %% book/07-loss.md, exported cell 4 (c393c452)
+# %% book/07-loss.md, exported cell 4 (9be45abe)
 @triton.jit
 def careful_sums(
     X, W, x, m, N, V,
@@ -186,6 +201,7 @@ def settle_kernel(
         z += tl.load(SUMS + split * N + row, mask=row < N, other=0.0)
     above = tl.zeros((ROWS,), tl.float32)  # the target's score, less the number that was taken off
     if tl.max(z, 0) < LIMIT:
+        z = tl.where(real & (z < 1.0), 1.0, z)  # but for rounding the target itself adds 1
         if STORE:
             at = E + row.to(tl.int64) * stride + t
             tl.store(at, (1.0 - z).to(E.dtype.element_ty), mask=real)
@@ -204,7 +220,8 @@ def settle_kernel(
                 e = tl.where(real[:, None] & (word < V), e, 0.0)
                 store_weights(E, m, n, stride, e, ROWS, COLS, False)
     ignored = tl.load(TARGETS + row, mask=row < N, other=IGNORE) == IGNORE
-    loss = tl.where(ignored, 0.0, tl.where(real, (tl.math.log2(z) - above) / LOG2_E, float("nan")))
+    loss = tl.where(real, (tl.math.log2(z) - above) / LOG2_E, float("nan"))
+    loss = tl.where(ignored | (loss < 0.0), 0.0, loss)
     tl.store(LOSS + row, loss, mask=row < N)
     if STORE:
         scale = tl.where(real, tl.load(SHARE) / z, 0.0)
@@ -273,7 +290,7 @@ def loss_boxes(tiles: LossTiles, part: int, *tensors: Tensor) -> list[Any]:
     ]
 
 
-# %% book/07-loss.md, exported cell 6 (5d508425)
+# %% book/07-loss.md, exported cell 6 (0b1f36c1)
 def launch_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grads: bool,
     tiles: LossTiles | None = None, rows: int = 0, splits: int = 0,
@@ -281,18 +298,28 @@ def launch_loss(
     """What `loss_by_chunks` computes, by the kernels, `rows` at a time. hidden is bfloat16."""
     if interpreting():
         repair_bfloat16()
+    with torch.cuda.device_of(hidden):  # which need not be the current one
+        return launch_here(hidden, weight, targets, ignore_index, grads, tiles, rows, splits)
+
+
+def launch_here(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grads: bool,
+    tiles: LossTiles | None, rows: int, splits: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`launch_loss`, on the current device."""
     (N, D), V = hidden.shape, len(weight)
     chosen, programs = choose_loss_tiles(hidden.device)
     tiles, part = tiles or chosen, part_of(D)
     known = {"D": D, "PART": part, "STORE": grads} | tiles._asdict()
     hidden, narrow, targets = map(solid, (hidden, weight.to(hidden.dtype), targets))
-    share = 1 / (targets != ignore_index).sum(dtype=torch.float32)
+    share = share_of_one(targets, V, ignore_index)
     guess, losses, scale = hidden.new_empty(3, N, dtype=torch.float32)
     guess_kernel[(triton.cdiv(N, 32),)](
         hidden, narrow, targets, guess, N, V, ignore_index, D=D, PART=part, ROWS=32
     )
     whole = triton.cdiv(N, tiles.ROWS) * tiles.ROWS
-    rows = min(rows or max(WEIGHTS // V // tiles.ROWS, 1) * tiles.ROWS, whole) if grads else whole
+    rows = triton.cdiv(rows or max(WEIGHTS // V, 1), tiles.ROWS) * tiles.ROWS  # of whole tiles
+    rows = min(rows, whole) if grads else whole
     splits = splits or max(1, programs // triton.cdiv(rows, tiles.ROWS))
     per = triton.cdiv(V, tiles.COLS * splits) * tiles.COLS
     sums = guess.new_empty(splits, rows)
@@ -300,8 +327,7 @@ def launch_loss(
     room = hidden.new_empty((rows, wide_V) if grads else (tiles.ROWS, tiles.COLS))
     scaled = torch.empty_like(hidden[:rows] if grads else hidden[:1])
     d_rows = guess.new_empty(rows if grads else 0, D)
-    d_hidden = torch.empty_like(hidden if grads else hidden[:0])
-    d_weight = guess.new_empty(V if grads else 0, D)
+    d_hidden, d_weight = room_for_gradients(hidden, weight, grads)
     for i in range(0, N, rows):
         x, t, g, out = (y[i : i + rows] for y in (hidden, targets, guess, losses))
         n, grid = len(x), triton.cdiv(min(rows, N - i), tiles.ROWS)
@@ -319,7 +345,7 @@ def launch_loss(
     return losses.sum() * share, d_hidden, d_weight
 
 
-# %% book/07-loss.md, exported cell 7 (97132f42)
+# %% book/07-loss.md, exported cell 7 (3f30f241)
 def has_loss_kernel(hidden: Tensor) -> bool:
     """Whether the kernels can take states like hidden (N, D): GPU, Triton, type and width."""
     return (
@@ -359,26 +385,40 @@ def loss_shapes(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The results of `linear_loss`, without their values."""
-    loss = hidden.new_empty((), dtype=wide(hidden))
-    d_hidden = torch.empty_like(hidden if grads else hidden[:0])
-    return loss, d_hidden, weight.new_empty(weight.shape if grads else 0, dtype=wide(hidden))
+    return hidden.new_empty((), dtype=wide(hidden)), *room_for_gradients(hidden, weight, grads)
+
+
+@torch.library.custom_op("nanolm::linear_loss_backward", mutates_args=())
+def linear_loss_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, d_hidden: Tensor, d_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of hidden and weight, from those for a factor of 1 and the factor."""
+    return (d_hidden * grad).to(hidden.dtype), (d_weight * grad).to(weight.dtype)
+
+
+@linear_loss_backward.register_fake
+def backward_shapes(
+    grad: Tensor, hidden: Tensor, weight: Tensor, d_hidden: Tensor, d_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The results of `linear_loss_backward`, without their values."""
+    return torch.empty_like(d_hidden, dtype=hidden.dtype), torch.empty_like(
+        d_weight, dtype=weight.dtype
+    )
 
 
 def remember_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the gradients, which are known already."""
-    ctx.dtype = inputs[1].dtype
-    ctx.save_for_backward(*output[1:])
+    """Keep the gradients, which are known already, and what they are gradients of."""
+    ctx.save_for_backward(*inputs[:2], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 @partial(linear_loss.register_autograd, setup_context=remember_gradients)
 def loss_way_back(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     """The gradients of hidden and weight."""
-    d_hidden, d_weight = ctx.saved_tensors
-    return d_hidden * grad, (d_weight * grad).to(ctx.dtype), None, None, None
+    return *linear_loss_backward(grad, *ctx.saved_tensors), None, None, None
 
 
-# %% book/07-loss.md, exported cell 8 (ef3d6c84)
+# %% book/07-loss.md, exported cell 8 (6156dbeb)
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100
 ) -> Tensor:
@@ -404,8 +444,8 @@ def linear_cross_entropy(
     if not hidden.device == weight.device == targets.device:
         places = f"{hidden.device}, {weight.device} and {targets.device}"
         raise ValueError(f"hidden, weight and targets must be on one device, not {places}")
-    if torch.is_autocast_enabled(hidden.device.type):
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     grads = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss, _, _ = linear_loss(hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, grads)
-    return loss
+    rows = hidden.reshape(-1, hidden.size(-1))
+    return linear_loss(rows, weight, targets.reshape(-1), ignore_index, grads)[0]
