@@ -319,7 +319,7 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 9 (5408b4fc)
+# %% book/16-command-line.md, exported cell 9 (03220ee3)
 Command = Callable[[argparse.Namespace], int]
 SOURCES = 'files, folders, globs, "fables" or "hf:NAME"'
 
@@ -388,7 +388,7 @@ def build_parser() -> Parser:
     for name in CASES:
         p = command(name, bench_command, f"the case {name}: times, ratios, errors", into)
         p.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
-        p.add_argument("--repeats", type=int, help="samples of each (default: 50; CPU: 20)")
+        p.add_argument("--repeats", type=int, help="samples of each (default: by case)")
         p.add_argument("--json", metavar="FILE", help="file to keep the result in")
         if sizes := {"attention": "B,H,H_KV,T,D", "loss": "N,V,D"}.get(name):
             words = f"shapes {sizes} (default: those of the book)"

@@ -741,13 +741,13 @@ def bench_step(
     yield from ({"preset": preset, "rows": rows} | row for row in found)
 
 
-# %% book/14-bench.md, exported cell 24 (32fca280)
+# %% book/14-bench.md, exported cell 24 (2d8acb70)
 def bench_optim(
     *, dtype: str = "", repeats: int | None = None, device: str = "", preset: str = "default"
 ) -> Iterator[Row]:
     """Clipping and AdamW on all weights of a model, beside PyTorch's; in float32.
 
-    The rate counts 28 bytes a weight, which is what must be read and written.
+    The rate counts 28 bytes a weight: three numbers read and written, and a gradient read.
     """
     from nanolm.optim import AdamW
     from nanolm.step import GraphedStep

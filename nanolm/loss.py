@@ -345,7 +345,7 @@ def launch_here(
     return losses.sum() * share, d_hidden, d_weight
 
 
-# %% book/07-loss.md, exported cell 7 (3f30f241)
+# %% book/07-loss.md, exported cell 7 (53119d48)
 def has_loss_kernel(hidden: Tensor) -> bool:
     """Whether the kernels can take states like hidden (N, D): GPU, Triton, type and width."""
     return (
@@ -393,7 +393,13 @@ def linear_loss_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, d_hidden: Tensor, d_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of hidden and weight, from those for a factor of 1 and the factor."""
-    return (d_hidden * grad).to(hidden.dtype), (d_weight * grad).to(weight.dtype)
+    found = (
+        torch.empty_like(d_hidden, dtype=hidden.dtype),
+        torch.empty_like(d_weight, dtype=weight.dtype),
+    )
+    for room, gradient in zip(found, (d_hidden, d_weight), strict=True):
+        torch.mul(gradient, grad, out=room)  # rounded as it is written
+    return found
 
 
 @linear_loss_backward.register_fake

@@ -63,7 +63,7 @@ def adamw_row(
     low.copy_(weight)
 
 
-# %% book/09b-step.md, exported cell 3 (73c358a5)
+# %% book/09b-step.md, exported cell 3 (ef133f3c)
 class Rows(NamedTuple):
     """A group of parameters: each kind of number in a row, and what the optimizer is told."""
 
@@ -82,11 +82,17 @@ def adopt(
     """Lay each group's tensors side by side; its parameters, state and twins become views.
 
     `twins` gives each parameter's other self, which computes in `dtype`. Returns the rows, and
-    these twins with the places of their gradients.
+    these twins with the places of their gradients. ValueError for parameters that are not of
+    the model, not float32 or frozen, or that have taken unequal numbers of steps.
     """
     found, low_params, places = [], [], []
     for group in (group for group in optimizer.param_groups if group["params"]):
         params = group["params"]
+        if not all(p in twins and p.dtype == torch.float32 and p.requires_grad for p in params):
+            need = "float32 parameters of this model that need a gradient"
+            raise ValueError(f"the optimizer must hold {need}, and no others")
+        if len({float(optimizer.state[p].get("step", 0)) for p in params}) > 1:
+            raise ValueError("the parameters of a group have taken unequal numbers of steps")
         held, row, views = {"weight": [p.detach() for p in params]}, {}, {}
         for name in ("exp_avg", "exp_avg_sq"):
             held[name] = [optimizer.state[p].get(name, torch.zeros_like(p)) for p in params]
@@ -106,7 +112,7 @@ def adopt(
     return found, low_params, places
 
 
-# %% book/09b-step.md, exported cell 4 (3d5715f7)
+# %% book/09b-step.md, exported cell 4 (e5847950)
 def one_product(x: Tensor, *layers: torch.nn.Linear) -> tuple[Tensor, ...]:
     """layer(x) for each of the layers, which have no biases, by one product of matrices."""
     weight = torch.cat([layer.weight for layer in layers])
@@ -116,7 +122,11 @@ def one_product(x: Tensor, *layers: torch.nn.Linear) -> tuple[Tensor, ...]:
 class MergedAttention(Attention):
     """`Attention` as it is in training, without a cache: q, k and v by one product."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None, layer: int = 0
+    ) -> Tensor:
+        if cache is not None:
+            raise ValueError("the twin of a GraphedStep trains; sample with the model itself")
         q, k, v = map(self.heads, one_product(x, self.q_proj, self.k_proj, self.v_proj))
         out = attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -138,9 +148,12 @@ def twin_of(model: Transformer, dtype: torch.dtype) -> Transformer:
     return twin
 
 
-# %% book/09b-step.md, exported cell 5 (a1b170c5)
+# %% book/09b-step.md, exported cell 5 (e299b437)
 def record(function: Callable[[], Any]) -> tuple[Any, Any]:
-    """A CUDA graph of what a function launches, and what it returned: tensors that replays fill."""
+    """A CUDA graph of what a function launches, and what it returned: tensors that replays fill.
+
+    On the current device.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is compiled or allocated once, now
@@ -154,7 +167,7 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 6 (569baed3)
+# %% book/09b-step.md, exported cell 6 (913e27db)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
@@ -169,10 +182,16 @@ class GraphedStep:
         self, model: Transformer, optimizer: AdamW, *, grad_accum: int = 1, grad_clip: float = 1.0,
         dtype: torch.dtype = torch.bfloat16, compiled: bool = True,
     ) -> None:  # fmt: skip
+        if not isinstance(optimizer, AdamW) or grad_accum < 1 or not grad_clip >= 0:
+            given = f"{type(optimizer).__name__}, {grad_accum} and {grad_clip}"
+            need = "nanolm's AdamW, grad_accum of 1 or more and grad_clip of 0 or more"
+            raise ValueError(f"a step needs {need}, not {given}")
         self.optimizer, self.count, self.limit = optimizer, grad_accum, grad_clip or float("inf")
         self.twin = twin_of(model, dtype)
         twins: Any = dict(zip(model.parameters(), self.twin.parameters(), strict=True))
         self.rows, self.params, self.places = adopt(optimizer, twins, dtype)
+        self.held = [p for rows in self.rows for p in rows.group["params"]]
+        self.addresses = [p.data_ptr() for p in self.held]
         self.device = self.params[0].device
         wrap: Callable = torch.compile if compiled else lambda function: function
         self.loss_of, self.clip_scale, self.adamw_row = map(
@@ -203,45 +222,69 @@ class GraphedStep:
         return norm
 
     def prepare(self) -> None:
-        """Count the step, and put its learning rates and bias corrections where the work reads."""
-        torch._foreach_add_([state["step"] for state in self.optimizer.state.values()], 1)
+        """Put the next step's learning rates and bias corrections where the work reads them."""
+        if [p.data_ptr() for p in self.held] != self.addresses:
+            raise RuntimeError(
+                "the model's tensors are no longer where this GraphedStep put them (it was copied, "
+                "moved, or given to another step): build a new one"
+            )
         for rows in self.rows:
-            t = self.optimizer.state[rows.group["params"][0]]["step"].item()
+            t = 1 + self.optimizer.state[rows.group["params"][0]]["step"].item()
             first, second = (1 - beta**t for beta in rows.group["betas"])
             hyper = torch.tensor([rows.group["lr"], first, second])
             rows.hyper.copy_(hyper.pin_memory() if rows.hyper.is_cuda else hyper, non_blocking=True)
 
-    def __call__(self, micro: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """One optimizer step: the mean loss and the gradient's norm, which stay on the device."""
-        given = list(micro)
-        if self.batch.shape != (size := (self.count, 2, *given[0][0].shape)):
+    def take(self, micro: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Copy micro-batches to where the work reads them; ValueError if they are not alike."""
+        given = [part for pair in micro for part in pair]
+        size = (self.count, 2, *given[0].shape) if given else ()
+        kinds = {(part.shape, part.dtype) for part in given}
+        if len(given) != 2 * self.count or kinds != {(size[2:], torch.int64)}:
+            found = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in given) or "nothing"
+            need = f"{self.count} pairs of ids and targets, int64 and of one shape"
+            raise ValueError(f"a step takes {need}, not {found}")
+        if self.batch.shape != size:
             self.batch = torch.zeros(size, dtype=torch.int64, device=self.device)
-            self.replays.pop("step", None)
-        for place, pair in zip(self.batch, given, strict=True):
-            for to, part in zip(place, pair, strict=True):
-                to.copy_(part, non_blocking=True)
-        self.prepare()
-        if self.device.type != "cuda":
-            return self.work()
-        if "step" not in self.replays:
+            self.replays.clear()
+        for place, part in zip(self.batch.flatten(0, 1), given, strict=True):
+            place.copy_(part, non_blocking=True)
+
+    def replay(self) -> tuple[Tensor, Tensor]:
+        """The work, from its recording; made now if there is none for the optimizer's options."""
+        names = ("betas", "eps", "weight_decay")
+        options = str([rows.group[name] for rows in self.rows for name in names])
+        if options not in self.replays:
             kept = [[x.clone() for x in rows[:4]] for rows in self.rows]
-            self.replays["step"] = (None, *record(self.work))
-            for rows, old in zip(self.rows, kept, strict=True):
-                torch._foreach_copy_(list(rows[:4]), old)
-        _, graph, (loss, norm) = self.replays["step"]
+            try:
+                self.replays[options] = (None, *record(self.work))
+            finally:
+                for rows, old in zip(self.rows, kept, strict=True):
+                    torch._foreach_copy_(list(rows[:4]), old)
+        _, graph, (loss, norm) = self.replays[options]
         graph.replay()
         return loss.clone(), norm.clone()
+
+    @torch.enable_grad()
+    def __call__(self, micro: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """One optimizer step: the mean loss and the gradient's norm, which stay on the device."""
+        self.take(micro)
+        self.prepare()
+        with torch.cuda.device_of(self.batch):  # which need not be the current one
+            found = self.replay() if self.batch.is_cuda else self.work()
+        torch._foreach_add_([self.optimizer.state[p]["step"] for p in self.held], 1)
+        return found
 
     @torch.no_grad()
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch, for validation: recorded too, once for each shape."""
         if self.device.type != "cuda":
             return self.twin.loss(inputs, targets)
-        if inputs.shape not in self.replays:
-            place = torch.stack((inputs, targets))
-            self.replays[inputs.shape] = (place, *record(lambda: self.twin.loss(*place)))
-        place, graph, loss = self.replays[inputs.shape]
-        place[0].copy_(inputs)
-        place[1].copy_(targets)
-        graph.replay()
-        return loss.clone()
+        given = torch.stack((inputs, targets))
+        with torch.cuda.device_of(given):
+            if given.shape not in self.replays:
+                place = given.clone()
+                self.replays[given.shape] = (place, *record(lambda: self.twin.loss(*place)))
+            place, graph, loss = self.replays[given.shape]
+            place.copy_(given)
+            graph.replay()
+            return loss.clone()

@@ -271,10 +271,10 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-# %% book/09-train.md, exported cell 10 (2aa048f5)
+# %% book/09-train.md, exported cell 10 (2f0ed2fd)
 def pack_optimizer(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors by name: `blocks.0.attn.q_proj.weight/exp_avg` and so on."""
-    named = [(name, optimizer.state[weight]) for name, weight in model.named_parameters()]
+    named = [(name, optimizer.state.get(weight, {})) for name, weight in model.named_parameters()]
     return {f"{name}/{key}": value for name, state in named for key, value in state.items()}
 
 

@@ -213,6 +213,7 @@ def test_a_target_far_above_all_other_words():
     hidden = 100 * weight[targets]
     found = by_kernels(hidden, weight, targets, tiles=SMALL)
     scores = (hidden.double() * weight[targets].double()).sum(-1)  # in float32 not exact
+    assert 0 <= found[0] < 1e-6 * scores.max()
     assert all(x.abs().max() < 1e-6 * scores.max() for x in found)
 
 
@@ -231,7 +232,9 @@ def test_a_target_that_is_no_word_shows_in_the_loss():
     hidden, weight, targets = some(40, 90, 32)
     for bad in (90, -1, 2**40):
         targets[7] = bad
-        assert by_kernels(hidden, weight, targets, tiles=SMALL)[0].isnan()
+        for way in (by_kernels, lambda *x: loss_by_chunks(*x, IGNORE, True)):
+            found = way(hidden, weight, targets)
+            assert found[0].isnan() and found[1].isnan().any() and found[2].isnan().any()
 
 
 # ---- plain PyTorch -----------------------------------------------------------------------------
@@ -319,6 +322,28 @@ def test_a_gradient_of_the_gradient_is_refused(route):
     (dw,) = torch.autograd.grad(linear_cross_entropy(h, w, targets), [w], create_graph=True)
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.autograd.grad(dw.sum(), (h, w))
+
+
+def test_second_derivatives_are_refused_and_not_zero(route):
+    hidden, weight, targets = some(8, 40, 16)
+    function = lambda h: linear_cross_entropy(h, weight, targets)  # noqa: E731
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.autograd.functional.hessian(function, hidden)
+
+
+def test_one_state_without_a_batch(route):
+    hidden, weight, targets = some(4, 40, 16)
+    one = linear_cross_entropy(hidden[0], weight, targets[0])
+    assert torch.equal(one, linear_cross_entropy(hidden[:1], weight, targets[:1]))
+
+
+def test_small_gradients_of_float16_survive_a_scaled_loss():
+    hidden, weight, targets = (x.cpu() for x in some(4096, 300, 16, FP16, 0.05))
+    h, w = leaves(hidden, weight)
+    gradients = torch.autograd.grad(65536 * linear_cross_entropy(h, w, targets), (h, w))
+    right = formula(hidden.double(), weight.double(), targets)[1:]
+    for found, exact in zip(gradients, right, strict=True):
+        assert (found.double() / 65536 - exact).norm() <= 2e-3 * exact.norm()
 
 
 def test_gradients_by_differences():

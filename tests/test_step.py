@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import nanolm.step as step_module
 from nanolm.model import ModelConfig, Transformer
 from nanolm.optim import AdamW, clip_grad_norm, decay_groups
 from nanolm.step import GraphedStep, adopt, side_by_side
@@ -122,6 +123,104 @@ def test_interrupted_and_resumed_bit_for_bit():
         step(micro)
     for a, b in zip(one.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_refused_batch_changes_nothing():
+    ((model, optimizer), _) = pair()
+    step = exact(model, optimizer, grad_accum=2)
+    (x, y), good = micro_batches()[0], micro_batches(2)
+    step(good)
+    before = copy.deepcopy(pack_optimizer(model, optimizer))
+    for bad in (
+        [], [(x, y)], [(x, y)] * 3, [(x, y), (x[:1], y[:1])], [(x, y[:, :1]), (x, y)],
+        [(x, y.float()), (x, y)], [(x + 61, y), (x, y)], [(x, y + 61), (x, y)],
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            step(bad)
+    after = pack_optimizer(model, optimizer)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    step(good)
+
+
+def test_a_frozen_parameter_is_left_alone():
+    ((model, _), _) = pair()
+    model.norm.weight.requires_grad_(False)
+    optimizer = AdamW(decay_groups(model, 0.1), lr=1e-2)
+    step = exact(model, optimizer)
+    step(micro_batches())
+    assert not any(name.startswith("norm.") for name in pack_optimizer(model, optimizer))
+    step(micro_batches())
+    assert model.norm.weight.unique().tolist() == [1]
+
+
+def test_what_cannot_be_stepped_is_refused():
+    (model, optimizer), (other, _) = pair()
+    for options in ({"grad_clip": -1.0}, {"grad_clip": float("nan")}, {"grad_accum": 0}):
+        with pytest.raises(ValueError, match="grad_clip of 0 or more"):
+            exact(model, optimizer, **options)
+    with pytest.raises(ValueError, match="nanolm's AdamW"):
+        exact(model, torch.optim.AdamW(model.parameters()))
+    for wrong in (other, copy.deepcopy(model).double()):
+        with pytest.raises(ValueError, match="of this model"):
+            exact(wrong if wrong is not other else model, AdamW(decay_groups(wrong, 0.1)))
+    optimizer.state[model.embedding.weight].update(step=torch.tensor(3.0))
+    with pytest.raises(ValueError, match="unequal numbers of steps"):
+        exact(model, optimizer)
+
+
+def test_a_copy_or_a_second_owner_says_so():
+    ((model, optimizer), _) = pair()
+    first = exact(model, optimizer)
+    with pytest.raises(RuntimeError, match="build a new one"):
+        copy.deepcopy(first)(micro_batches())
+    first(micro_batches())
+    second = exact(model, optimizer)
+    with pytest.raises(RuntimeError, match="build a new one"):
+        first(micro_batches())
+    second(micro_batches())
+
+
+def test_a_recording_that_fails_puts_everything_back(monkeypatch):
+    ((model, optimizer), _) = pair()
+    made = exact(model, optimizer)
+    made(micro_batches())
+    before = copy.deepcopy(pack_optimizer(model, optimizer)), copy.deepcopy(model.state_dict())
+
+    def failing(function):
+        function()
+        raise MemoryError
+
+    monkeypatch.setattr(step_module, "record", failing)
+    made.take(micro_batches())
+    made.prepare()
+    with pytest.raises(MemoryError):
+        made.replay()
+    after = pack_optimizer(model, optimizer), model.state_dict()
+    for old, new in zip(before, after, strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_options_that_change_are_recorded_anew(monkeypatch):
+    class Graph:
+        def __init__(self, function):
+            self.replay = function
+
+    def recording(function):
+        recorded.append(function)
+        found = [torch.zeros(()), torch.zeros(())]
+        return Graph(lambda: [a.copy_(b) for a, b in zip(found, function(), strict=True)]), found
+
+    recorded = []
+    monkeypatch.setattr(step_module, "record", recording)
+    ((model, optimizer), _) = pair()
+    made = exact(model, optimizer)
+    for weight_decay in (0.1, 0.1, 0.3):
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+        made.take(micro_batches())
+        made.prepare()
+        loss, _ = made.replay()
+        assert loss > 0
+    assert len(recorded) == 2
 
 
 def test_a_gradient_that_is_not_finite_shows_in_the_norm():
