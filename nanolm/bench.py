@@ -604,7 +604,7 @@ def bench_loss(
         yield from (row | about for row in contest("", "alone", alone, tolerance=0, **common))
 
 
-# %% book/14-bench.md, exported cell 22 (e1d2da8c)
+# %% book/14-bench.md, exported cell 22 (19a3b9d0)
 Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
@@ -673,6 +673,7 @@ def transformers_step(config: ModelConfig, device: str, compiled: bool = False) 
         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
         num_key_value_heads=config.n_kv_head, max_position_embeddings=config.max_seq_len,
         tie_word_embeddings=True, rms_norm_eps=config.norm_eps, use_cache=False,
+        initializer_range=config.init_std,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(device)
 
