@@ -433,13 +433,13 @@ def open_text(path: Path) -> IO[str]:
     return io.TextIOWrapper(raw, encoding="utf-8-sig")
 
 
-# %% book/02-data.md, exported cell 12 (e22e9249)
+# %% book/02-data.md, exported cell 12 (3ef5fc76)
 def read_plain(path: Path) -> Iterator[str]:
     """The documents of a text file: each ends with a line <|endoftext|>, or with the file."""
     lines: list[str] = []
     with open_text(path) as file:
         for line in file:
-            if line.strip() == END_OF_TEXT:
+            if line.strip(" \t\n") == END_OF_TEXT:
                 yield "".join(lines)
                 lines.clear()
             else:

@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 214057cb
+# The seal of all that stands in no cell: a98e933a
 """`nanolm.fastbpe`, derived in the book, where each line has its reason:
 
 - book/01b-fastbpe.md: The tokenizer, at speed
@@ -21,14 +21,15 @@ from array import array
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from heapq import heapify, heappop, heappush
 from itertools import chain, islice, pairwise
-from multiprocessing import get_context, parent_process
+from multiprocessing import current_process, parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from threading import Lock, Thread
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from nanolm.tokenizer import (
     LARGEST_TOKENIZER,
     Tokenizer,
     TokenPair,
+    check_texts,
     spell,
     well_formed,
     write_whole,
@@ -810,7 +812,7 @@ def mark_of(tokenizer: Tokenizer) -> int:
     return tokenizer.special_tokens.get(END_OF_TEXT, tokenizer.vocab_size)
 
 
-# %% book/01b-fastbpe.md, exported cell 29 (c1dc9cb0)
+# %% book/01b-fastbpe.md, exported cell 29 (e9736434)
 class Encoder(WordMap):
     """Encodes documents, many words at a time. A word's value says where its ids are kept.
 
@@ -823,7 +825,7 @@ class Encoder(WordMap):
         self.sizes = [len(tokenizer.token_bytes(i)) for i in range(256 + len(tokenizer.merges))]
         self.pairs, self.known, self.lock = PairTable(tokenizer.merges), known or {}, Lock()
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
-        self.forget()
+        self.sound = False
 
     def forget(self) -> None:
         """Begin again, with the words that were known from the start."""
@@ -862,7 +864,11 @@ class Encoder(WordMap):
     def encode(self, data: bytes) -> np.ndarray:
         """The ids of UTF-8 documents, each ended by SEPARATOR, for which stands the id `mark`."""
         with self.lock:  # for threads that share a tokenizer
+            if not self.sound:
+                self.forget()
+            self.sound = False  # an interrupt, or an error, may leave words half learnt
             found = [self._gather(*block) for block in cut_blocks(data, self.tokenizer.pattern)]
+            self.sound = True
         return np.concatenate([np.empty(0, self.dtype), *found])
 
     @cached_property
@@ -883,7 +889,7 @@ class Encoder(WordMap):
         return self.pool.take(index)
 
 
-# %% book/01b-fastbpe.md, exported cell 30 (475e8528)
+# %% book/01b-fastbpe.md, exported cell 30 (9c3bc8dc)
 Known = dict[str, np.ndarray]  # words1, words2, words4: columns (width, M); sizes, ids
 KNOWN = 1 << 18  # words
 
@@ -891,18 +897,29 @@ KNOWN = 1 << 18  # words
 def known_words(counts: Counts, row: Row) -> Known:
     """The most frequent words of a row whose merges are done, and their ids."""
     frequent = np.concatenate([many for _, many in counts])
-    least = np.partition(frequent, -KNOWN)[-KNOWN] if len(frequent) > KNOWN else 1
+    least = np.partition(frequent, -KNOWN)[-KNOWN] if len(frequent) > KNOWN else 0
+    room, picks = KNOWN - int((frequent > least).sum()), []
+    for columns, many in counts:  # of equally frequent words the shorter ones, then by their bytes
+        equal = np.flatnonzero(many == least)
+        equal = equal[np.lexsort([column[equal] for column in columns])][:room]
+        room, pick = room - len(equal), many > least
+        pick[equal] = True
+        picks.append(pick)
     tokens = row.begin[row.begin != row.gone]
     sizes, ids = np.diff(np.flatnonzero(tokens == row.end)) - 1, tokens[tokens != row.end]
-    chosen = np.append(frequent >= least, np.zeros(len(sizes) - len(frequent), bool))
+    chosen = np.concatenate([*picks, np.zeros(len(sizes) - len(frequent), bool)])
     known = {"sizes": sizes[chosen].astype(np.uint8), "ids": ids[np.repeat(chosen, sizes)]}
-    for width, (columns, many) in zip(WIDTHS, counts, strict=True):
-        known[f"words{width}"] = np.stack(columns)[:, many >= least]
+    for width, (columns, _), pick in zip(WIDTHS, counts, picks, strict=True):
+        known[f"words{width}"] = np.stack(columns)[:, pick]
     return known
 
 
-# %% book/01b-fastbpe.md, exported cell 31 (b8c907fd)
+# %% book/01b-fastbpe.md, exported cell 31 (3054bbfe)
 KNOWN_FORMAT = {"format": "nanolm-words", "version": 1}
+KNOWN_BEGIN = b'{"format": "nanolm-words"'  # of our files, and of no others
+KNOWN_KINDS = {"ids": ("<u2", "<u4", "<i4"), "sizes": ("|u1",)} | {
+    f"words{width}": ("<u8",) for width in WIDTHS
+}
 
 
 def seal_known(head: Mapping[str, Any], body: bytes) -> str:
@@ -910,7 +927,15 @@ def seal_known(head: Mapping[str, Any], body: bytes) -> str:
     return hashlib.sha256(json.dumps(head, sort_keys=True).encode() + body).hexdigest()
 
 
-# %% book/01b-fastbpe.md, exported cell 32 (655a5407)
+# %% book/01b-fastbpe.md, exported cell 32 (ef8cd288)
+def refuse_other(path: Path) -> None:
+    """ValueError if there is a file that `write_known` did not write."""
+    if path.exists():
+        with open(path, "rb") as file:
+            if file.read(len(KNOWN_BEGIN)) != KNOWN_BEGIN:
+                raise ValueError(f"{path}: in the way, and not a file of known words; move it")
+
+
 def write_known(path: Path, fingerprint: str, known: Known) -> None:
     """Write the words that a tokenizer knows beside its JSON: a line of JSON, then raw arrays."""
     arrays = {name: a.astype(a.dtype.newbyteorder("<")) for name, a in sorted(known.items())}
@@ -918,29 +943,50 @@ def write_known(path: Path, fingerprint: str, known: Known) -> None:
     shapes = {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()}
     head = KNOWN_FORMAT | {"tokenizer": fingerprint, "arrays": shapes}
     line = json.dumps(head | {"sha256": seal_known(head, body)}) + "\n"
+    refuse_other(path)
     write_whole(path, line.encode() + body)
 
 
-# %% book/01b-fastbpe.md, exported cell 33 (827e0e2c)
-def read_known(path: Path, fingerprint: str) -> Known | None:
-    """Read what `write_known` wrote for this tokenizer; None if it is anything else."""
+# %% book/01b-fastbpe.md, exported cell 33 (ba9c3e9d)
+def is_known(known: Known, count: int) -> bool:
+    """Whether arrays fit together as known words, all ids below `count`."""
+    shapes = [known[f"words{width}"].shape for width in WIDTHS]
+    sizes, ids = known["sizes"], known["ids"]
+    return (
+        [len(shape) for shape in shapes] == [2, 2, 2]
+        and [shape[0] for shape in shapes] == [*WIDTHS]
+        and sizes.shape == (sum(shape[1] for shape in shapes),)
+        and ids.shape == (int(sizes.sum(dtype=np.int64)),)
+        and 0 <= ids.min(initial=0) <= ids.max(initial=0) < count
+    )
+
+
+def read_known(path: Path, fingerprint: str, count: int) -> Known | None:
+    """Read what `write_known` wrote for a tokenizer of `count` ids; None if it is anything else."""
     try:
+        if path.stat().st_size > LARGEST_TOKENIZER:
+            return None
         line, _, body = path.read_bytes().partition(b"\n")
         head = json.loads(line)
         if head.pop("sha256") != seal_known(head, body) or head["tokenizer"] != fingerprint:
             return None
-        if head | KNOWN_FORMAT != head or path.stat().st_size > LARGEST_TOKENIZER:
+        if head | KNOWN_FORMAT != head or head["arrays"].keys() != KNOWN_KINDS.keys():
             return None
         known, at = {}, 0
         for name, (kind, shape) in head["arrays"].items():
+            if kind not in KNOWN_KINDS[name]:
+                return None
             known[name] = np.frombuffer(body, kind, math.prod(shape), at).reshape(shape)
             at += known[name].nbytes
-        return known
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return known if at == len(body) and is_known(known, count) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    except (ArithmeticError, RecursionError):  # by numbers or lists that nobody would write
         return None
 
 
-# %% book/01b-fastbpe.md, exported cell 34 (ceebcc0d)
+# %% book/01b-fastbpe.md, exported cell 34 (5fed87a8)
+STARTING = Lock()  # held while a process starts
 SHARED: list[Any] = []  # in a worker: what all its tasks need
 
 
@@ -959,23 +1005,44 @@ def begin_worker(*shared: Any) -> None:
 
 @contextmanager
 def blank_main() -> Iterator[None]:
-    """Hide the main program while a process starts, lest the child run it a second time."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    """Hide where the main program is while a process starts, lest the child run it again."""
+    with STARTING:
+        names = vars(sys.modules["__main__"])
+        hidden = names.keys() & {"__spec__", "__file__"}
+        kept: dict[str, Any] = {name: names[name] for name in hidden}
+        mask: Any = getattr(signal, "pthread_sigmask", None)  # a child inherits it: no Ctrl-C there
+        before = mask(signal.SIG_BLOCK, [signal.SIGINT]) if mask else None
+        try:
+            names.update(dict.fromkeys(kept))
+            yield
+        finally:
+            names.update(kept)
+            if mask:
+                mask(signal.SIG_SETMASK, before)
 
 
-# %% book/01b-fastbpe.md, exported cell 35 (a83dfb49)
+class Worker(SpawnProcess):
+    """A fresh process that does not import the main program."""
+
+    def start(self) -> None:
+        with blank_main():
+            super().start()
+
+
+class Fresh(SpawnContext):
+    """How our workers are started."""
+
+    Process = Worker
+
+
+# %% book/01b-fastbpe.md, exported cell 35 (47e4f602)
 def count_workers(workers: int | None) -> int:
     """The number of worker processes: as many as there are CPUs for us, unless given."""
     if workers is None:
         usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
         return len(usable(0))
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
+    if not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers must be at least 1, a whole number, not {workers!r}")
     return workers
 
 
@@ -984,7 +1051,7 @@ def run_task(function: Callable[..., Any], task: Any) -> Any:
     return function(task, *SHARED)
 
 
-# %% book/01b-fastbpe.md, exported cell 36 (8bdabf07)
+# %% book/01b-fastbpe.md, exported cell 36 (a70e537b)
 def in_order(
     function: Callable[..., Any], tasks: Iterable[Any], workers: int, few: int, *shared: Any
 ) -> Iterator[Any]:
@@ -996,16 +1063,15 @@ def in_order(
     tasks = iter(tasks)
     head = list(islice(tasks, few))
     tasks = chain(head, tasks)
-    if workers == 1 or len(head) < few:
+    if workers == 1 or len(head) < few or current_process().daemon:  # which may have no children
         yield from (function(task, *shared) for task in tasks)
         return
-    pool = ProcessPoolExecutor(workers - 1, get_context("spawn"), begin_worker, shared)
+    pool = ProcessPoolExecutor(workers - 1, Fresh(), begin_worker, shared)
     waiting: deque[Future] = deque()
     try:
         for task in tasks:
             if sum(not result.done() for result in waiting) < 2 * workers - 2:
-                with blank_main():
-                    waiting.append(pool.submit(run_task, function, task))
+                waiting.append(pool.submit(run_task, function, task))
             else:
                 waiting.append(Future())
                 waiting[-1].set_result(function(task, *shared))
@@ -1013,23 +1079,33 @@ def in_order(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise RuntimeError("a worker process died; is memory short? try workers=1") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-# %% book/01b-fastbpe.md, exported cell 37 (fd613b2b)
+# %% book/01b-fastbpe.md, exported cell 37 (5ecc6b21)
 PART = 1 << 23  # bytes for one task of a worker
 SAFE_CUT = re.compile(  # after a newline between two visible characters, the second of them not <
     rb"(?<![\x00-\x20])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\xaf])"
     rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)\n(?=[!-;=-~\xc3-\xe0\xe4-\xf4])"
 )
-END_LINE = re.compile(rb"<\|endoftext\|>[ \t\r\f\v]*(?:\n|\Z)")
+END_LINE = re.compile(rb"<\|endoftext\|>[ \t]*(?:\n|\Z)")
 Part = tuple[Path, int, int]  # a file, and where a part of it begins and ends (bytes)
+
+
+def size_of(path: Path) -> int:
+    """The size of a file; ValueError if it is a pipe, a folder or the like."""
+    size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file; save the text as one")
+    return size
 
 
 def cut_file(path: Path) -> Iterator[Part]:
     """Cut a text file into parts that may be split into words one by one."""
-    begin, size = 0, path.stat().st_size
+    begin, size = 0, size_of(path)
     with open(path, "rb") as file:
         while begin < size:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -1039,7 +1115,7 @@ def cut_file(path: Path) -> Iterator[Part]:
             begin = end
 
 
-# %% book/01b-fastbpe.md, exported cell 38 (a4326aa7)
+# %% book/01b-fastbpe.md, exported cell 38 (58da22f7)
 def read_part(path: Path, begin: int, end: int) -> bytes:
     """The documents of a part of a file, each ended by SEPARATOR; ValueError if it is not UTF-8."""
     with open(path, "rb") as file:
@@ -1050,9 +1126,9 @@ def read_part(path: Path, begin: int, end: int) -> bytes:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     documents, at = [], 0
     for match in END_LINE.finditer(data):
-        before = data[max(at, match.start() - 99) : match.start()].rstrip(b" \t\f\v")
-        if not before or before.endswith(b"\n"):
-            documents.append(data[at : match.start()].rstrip(b" \t\f\v"))
+        line = max(at, data.rfind(b"\n", at, match.start()) + 1)
+        if not data[line : match.start()].strip(b" \t"):
+            documents.append(data[at:line])
             at = match.end()
     last = data[at:].lstrip(b"\n")
     whole = [text.strip(b"\n") for text in documents] + [last.rstrip(b"\n") if ends else last]
@@ -1063,13 +1139,13 @@ def read_part(path: Path, begin: int, end: int) -> bytes:
     return b"".join(text + SEPARATOR for text in whole if text)
 
 
-# %% book/01b-fastbpe.md, exported cell 39 (56f6df04)
+# %% book/01b-fastbpe.md, exported cell 39 (52931709)
 def open_texts(texts: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
     """The texts, and the documents of the files, as strings."""
     for text in texts:
         if isinstance(text, os.PathLike):
             path = Path(text)
-            whole = read_part(path, 0, path.stat().st_size)
+            whole = read_part(path, 0, size_of(path))
             yield from (document.decode() for document in whole.split(SEPARATOR))
         else:
             yield text
@@ -1152,14 +1228,15 @@ def own_words(tokenizer: Tokenizer) -> Known:
     return known | {"sizes": sizes.astype(np.uint8)}
 
 
-# %% book/01b-fastbpe.md, exported cell 44 (89959ed7)
+# %% book/01b-fastbpe.md, exported cell 44 (a491345b)
 def know(tokenizer: Tokenizer) -> Known | None:
     """The words that a tokenizer knows; a file of them that does not fit it is made again."""
     if isinstance(tokenizer.known, Path):
-        path, tokenizer.known = tokenizer.known, read_known(tokenizer.known, tokenizer.fingerprint)
+        path, count = tokenizer.known, 256 + len(tokenizer.merges)
+        tokenizer.known = read_known(path, tokenizer.fingerprint, count)
         if tokenizer.known is None:
             tokenizer.known = own_words(tokenizer)
-            with suppress(OSError):  # a folder that may only be read is no reason to stop
+            with suppress(OSError, ValueError):  # nor is a full disk a reason to stop
                 write_known(path, tokenizer.fingerprint, tokenizer.known)
     return tokenizer.known
 
@@ -1169,7 +1246,7 @@ def save_known(tokenizer: Tokenizer, path: Path) -> None:
     write_known(path, tokenizer.fingerprint, know(tokenizer) or own_words(tokenizer))
 
 
-# %% book/01b-fastbpe.md, exported cell 45 (f7bbffaf)
+# %% book/01b-fastbpe.md, exported cell 45 (7a013bad)
 def encode_part(data: bytes, tokenizer: Tokenizer) -> np.ndarray:
     """What a worker does: encode documents, each ended by SEPARATOR; see `Encoder.encode`."""
     tokenizer._bulk = tokenizer._bulk or Encoder(tokenizer, know(tokenizer))
@@ -1177,14 +1254,16 @@ def encode_part(data: bytes, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def encode_parts(
-    tokenizer: Tokenizer, texts: Iterable[str], workers: int = 1
+    tokenizer: Tokenizer, texts: Iterable[str], workers: int | None = 1
 ) -> Iterator[np.ndarray]:
     """The ids of texts, each closed by the id `mark_of(tokenizer)`, in arrays of a few million."""
-    return in_order(encode_part, cut_texts(texts, 2 * BLOCK), workers, 4, tokenizer)
+    check_texts(texts)
+    tasks = cut_texts(map(well_formed, texts), 2 * BLOCK)  # which refuses what is not a string
+    return in_order(encode_part, tasks, count_workers(workers), 4, tokenizer)
 
 
 def encode_texts(
-    tokenizer: Tokenizer, texts: Iterable[str], workers: int = 1
+    tokenizer: Tokenizer, texts: Iterable[str], workers: int | None = 1
 ) -> Iterator[list[int]]:
     """Yield the ids of each text."""
     mark = mark_of(tokenizer)
@@ -1195,11 +1274,13 @@ def encode_texts(
             at = end + 1
 
 
-def encode_array(tokenizer: Tokenizer, texts: Iterable[str], *, workers: int = 1) -> np.ndarray:
+def encode_array(
+    tokenizer: Tokenizer, texts: Iterable[str], *, workers: int | None = 1
+) -> np.ndarray:
     """The ids of all texts in one array of uint16 or uint32, each text closed by end-of-text."""
     kind, end = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32, tokenizer.end_of_text
     if tokenizer.pattern in SPLITTERS:
         found = [*encode_parts(tokenizer, texts, workers)]
     else:
-        found = [np.array([*tokenizer.encode(text), end], kind) for text in texts]
+        found = [np.array([*ids, end], kind) for ids in tokenizer.encode_batch(texts)]
     return np.concatenate([np.empty(0, kind), *found], dtype=kind)

@@ -58,9 +58,11 @@ def spell(token: bytes) -> str:
     return "".join(BYTE_CHARACTERS[byte] for byte in token)
 
 
-# %% book/01-tokenizer.md, exported cell 3 (fe184bca)
+# %% book/01-tokenizer.md, exported cell 3 (0ed95975)
 def well_formed(text: str) -> str:
     """Return `text` with surrogate pairs joined and lone surrogates replaced by U+FFFD."""
+    if not isinstance(text, str):
+        raise ValueError(f"a text must be a string, not {type(text).__name__}; decode it first")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -104,13 +106,18 @@ ASCII_SPLITS = {
 }
 
 
-# %% book/01-tokenizer.md, exported cell 5 (1037ce7c)
+# %% book/01-tokenizer.md, exported cell 5 (e44da849)
+def check_texts(texts: object) -> None:
+    """ValueError if `texts` is a single one."""
+    if isinstance(texts, str | bytes | os.PathLike):
+        raise ValueError("texts is a single string; pass a list of strings, such as [text]")
+
+
 def count_words(
     texts: Iterable[str], pattern: regex.Pattern[str], *, progress: bool = False
 ) -> Counter[str]:
     """Count the distinct words of `texts`; only one text is held at a time."""
-    if isinstance(texts, str):
-        raise ValueError("texts is a single string; pass a list of strings, such as [text]")
+    check_texts(texts)
     words: Counter[str] = Counter()
     for text in tqdm(texts, "counting words", unit=" texts", disable=not progress):
         words.update(split_words(well_formed(text), pattern))
@@ -280,7 +287,7 @@ def read_merges(lines: Iterable[str]) -> list[TokenPair]:
     return merges
 
 
-# %% book/01-tokenizer.md, exported cell 14 (38cd9314)
+# %% book/01-tokenizer.md, exported cell 14 (02566c74)
 def seal(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of `content`, whatever the order of its keys or its white space."""
     compact = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -299,6 +306,11 @@ def write_whole(path: Path, data: bytes) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def words_of(path: Path) -> Path:
+    """Where the words that a tokenizer knows are kept: beside its file."""
+    return path.with_name(f"{path.name}.words")
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
@@ -366,7 +378,7 @@ def describe_tiktoken(tokens: Sequence[bytes]) -> bytes:
     return b"".join(b"%s %d\n" % (b64encode(token), i) for i, token in enumerate(tokens))
 
 
-# %% book/01-tokenizer.md, exported cell 17 (d06cda58)
+# %% book/01-tokenizer.md, exported cell 17 (60d5b61c)
 CACHED_WORDS = 1 << 17
 CACHED_LENGTH = 32  # characters
 BULK = 2000  # characters; longer texts are for `nanolm.fastbpe`
@@ -422,8 +434,7 @@ class Tokenizer:
         least = 256 + len(special_tokens)
         if vocab_size < least:
             raise ValueError(f"vocab_size {vocab_size} is below {least}, the bytes and specials")
-        if isinstance(texts, str | os.PathLike):
-            raise ValueError("texts is a single string; pass a list of strings, such as [text]")
+        check_texts(texts)
         from nanolm.fastbpe import open_texts, train_merges  # of the next chapter
 
         limit, known = vocab_size - least, None
@@ -492,13 +503,23 @@ class Tokenizer:
         return ids
 
     def encode_batch(
-        self, texts: Iterable[str], *, allowed_special: Collection[str] = (), workers: int = 1
+        self,
+        texts: Iterable[str],
+        *,
+        allowed_special: Collection[str] = (),
+        workers: int | None = 1,
     ) -> list[list[int]]:
-        """Return the ids of each text; large amounts may be shared by `workers` processes."""
-        if allowed_special or self.pattern not in ASCII_SPLITS:
-            return [self.encode(text, allowed_special=allowed_special) for text in texts]
-        from nanolm.fastbpe import encode_texts
+        """Return the ids of each text; large amounts may be shared by `workers` processes.
 
+        `workers` None means one for each CPU.
+        """
+        from nanolm.fastbpe import count_workers, encode_texts
+
+        check_texts(texts)
+        workers = count_workers(workers)
+        if allowed_special or self.pattern not in ASCII_SPLITS:
+            texts = map(well_formed, texts)
+            return [self.encode(text, allowed_special=allowed_special) for text in texts]
         return list(encode_texts(self, texts, workers))
 
     def token_bytes(self, token: int) -> bytes:
@@ -528,14 +549,14 @@ class Tokenizer:
     def save(self, path: str | os.PathLike[str], *, compiled: bool = False) -> None:
         """Save as readable JSON: all of it or, if anything fails, nothing.
 
-        `compiled` adds a file .words beside it, from which a start is faster; it is made again by
-        itself if it does not fit the JSON.
+        `compiled` adds a file beside it whose name ends in .words, from which a start is faster; it
+        is made again by itself if it does not fit the JSON. ValueError if that name is taken.
         """
-        write_sealed(Path(path), self._content())
         if compiled and self.pattern in ASCII_SPLITS:
             from nanolm.fastbpe import save_known
 
-            save_known(self, Path(path).with_suffix(".words"))
+            save_known(self, words_of(Path(path)))
+        write_sealed(Path(path), self._content())
 
     def save_hf(self, path: str | os.PathLike[str]) -> None:
         """Save as a `tokenizer.json` for Hugging Face's `tokenizers` and `transformers`."""
@@ -560,7 +581,7 @@ class Tokenizer:
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        compiled = Path(path).with_suffix(".words")
+        compiled = words_of(Path(path))
         tokenizer.known = compiled if compiled.is_file() else None
         return tokenizer
 

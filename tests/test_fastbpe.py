@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -289,6 +290,13 @@ FILES = {
     "indented": f"one\n \t{END_OF_TEXT} \ntwo\n",
     "windows": f"one\r\ntwo\r\n{END_OF_TEXT}\r\nthree\rfour\n",
     "marked": "\ufeffone two\n",
+    "other white space": "".join(
+        f"x{i}\n{a}{END_OF_TEXT}{b}\n"
+        for i, (a, b) in enumerate(
+            zip("\u00a0\u0085\u2028\x1c\t\f\v ", " \t\u00a0\u0085\x1c\t\v\f", strict=True)
+        )
+    ),
+    "far in": f"one\n{' ' * 150}{END_OF_TEXT}{chr(9) * 150}\ntwo\n{' ' * 200}x {END_OF_TEXT}\n",
     "white": f"a\u3000\n{END_OF_TEXT}\n\u3000b\n\u2028\nc\n\n\n d\n",
 }
 
@@ -329,6 +337,15 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
         Tokenizer.train(path, 300)
     with pytest.raises(ValueError, match="workers must be at least 1"):
         Tokenizer.train(["a"], 300, workers=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a fifo")
+@pytest.mark.parametrize("pattern", [GPT2_SPLIT, r"\w+"])
+def test_only_a_regular_file_is_trained_on(tmp_path, pattern):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path):
+        with pytest.raises(ValueError, match="not a regular file"):
+            Tokenizer.train([path], 300, pattern=pattern, workers=1)
 
 
 def test_other_patterns_read_files_too(tmp_path):
@@ -490,6 +507,114 @@ def test_workers_encode_the_same(trained, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("pattern", [GPT2_SPLIT, r"\w+"])
+def test_bad_batches_are_one_clear_error(pattern):
+    tokenizer = Tokenizer([], pattern=pattern)
+    for workers in (0, -1, 1.5, "2"):
+        with pytest.raises(ValueError, match="workers must be at least 1"):
+            tokenizer.encode_batch(["a"], workers=workers)
+    assert tokenizer.encode_batch(["!"], workers=None) == [[0]]
+    for texts in ("a string", b"bytes", Path("a.txt")):
+        with pytest.raises(ValueError, match="single string"):
+            tokenizer.encode_batch(texts)
+        with pytest.raises(ValueError, match="single string"):
+            fast.encode_array(tokenizer, texts)
+    for item in (b"bytes", Path(__file__), None):
+        with pytest.raises(ValueError, match="must be a string, not"):
+            tokenizer.encode_batch(["a", item])
+        with pytest.raises(ValueError, match="must be a string, not"):
+            tokenizer.encode_batch([item], allowed_special="all")
+        with pytest.raises(ValueError, match="must be a string, not"):
+            fast.encode_array(tokenizer, [item])
+    with pytest.raises(ValueError, match="must be a string, not bytes"):
+        Tokenizer.train([b"bytes"], 300, pattern=pattern, workers=1)
+
+
+def test_an_interrupt_leaves_no_wrong_ids(trained, monkeypatch):
+    fresh = Tokenizer(trained.merges, pattern=trained.pattern)
+    expected, same = textbook_ids(fresh, PROSE), fast.WordTable.same
+    for when in (1, 2, 5, 9):  # after the keys were written, before the values
+        calls = [0]
+
+        def interrupted(table, slot, columns, calls=calls, when=when):
+            calls[0] += any("insert" in f.name for f in traceback.extract_stack(limit=2))
+            if calls[0] == when:
+                table.values[:] = 1
+                raise KeyboardInterrupt
+            return same(table, slot, columns)
+
+        monkeypatch.setattr(fast.WordTable, "same", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fresh.encode(PROSE[::-1] + "foxclocks" * when)
+        monkeypatch.setattr(fast.WordTable, "same", same)
+        assert fresh.encode(PROSE) == expected
+
+
+def test_a_worker_that_dies_is_one_clear_error():
+    done = fast.in_order(dying, iter(range(99)), 2, 4, os.getpid())
+    with pytest.raises(RuntimeError, match="a worker process died.*workers=1"):
+        list(done)
+
+
+def dying(task: int, parent: int) -> int:
+    if os.getpid() != parent:
+        os._exit(9)
+    time.sleep(0.1)
+    return task
+
+
+IN_A_DAEMON = """
+import multiprocessing, sys
+from nanolm.tokenizer import Tokenizer
+import nanolm.fastbpe as f
+
+def work(queue):
+    f.BLOCK = 1000
+    queue.put(len(Tokenizer([]).encode_batch(["the fox "] * 2000, workers=2)))
+
+if __name__ == "__main__":
+    queue = multiprocessing.get_context("spawn").Queue()
+    child = multiprocessing.get_context("spawn").Process(target=work, args=(queue,), daemon=True)
+    child.start()
+    print(queue.get(timeout=50))
+"""
+THREADS = """
+import pickle, sys, threading, time
+from nanolm.tokenizer import Tokenizer
+import nanolm.fastbpe as f
+
+class Mine:
+    pass
+
+f.BLOCK, main, failed = 1000, sys.modules["__main__"], []
+print("the main program runs")
+
+def encode():
+    tokenizer = Tokenizer([])
+    assert len(tokenizer.encode_batch(["the fox "] * 3000, workers=2)) == 3000
+
+threads = [threading.Thread(target=encode) for _ in range(3)]
+for thread in threads:
+    thread.start()
+while any(thread.is_alive() for thread in threads):
+    pickle.dumps(Mine())
+    assert sys.modules["__main__"] is main
+assert __file__ and __spec__ is None
+print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    "code, expected", [(IN_A_DAEMON, "2000"), (THREADS, "the main program runs\ndone")]
+)
+def test_workers_of_a_script(code, expected, tmp_path):
+    (tmp_path / "script.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, expected, "")
+
+
 def test_what_is_forgotten_is_learnt_again(trained, monkeypatch):
     monkeypatch.setattr(fast, "POOL", 500)
     monkeypatch.setattr(fast, "BLOCK", 5000)
@@ -524,9 +649,13 @@ def test_a_tokenizer_in_use_can_travel(trained):
 # ---------------------------------------------------------------- known words
 
 
+def read_known(path: Path, tokenizer: Tokenizer) -> fast.Known | None:
+    return fast.read_known(path, tokenizer.fingerprint, 256 + len(tokenizer.merges))
+
+
 def saved(trained: Tokenizer, folder: Path) -> Path:
     trained.save(folder / "t.json", compiled=True)
-    assert sorted(path.name for path in folder.iterdir()) == ["t.json", "t.words"]
+    assert sorted(path.name for path in folder.iterdir()) == ["t.json", "t.json.words"]
     return folder / "t.json"
 
 
@@ -567,13 +696,78 @@ def trap() -> None:
 
 def test_what_does_not_fit_is_made_again(trained, tmp_path):
     path = saved(trained, tmp_path)
-    words = path.with_suffix(".words")
+    words = plain.words_of(path)
     for name, damaged in damages(words.read_bytes()).items():
         words.write_bytes(damaged)
         again = Tokenizer.load(path)
         assert again.encode(PROSE) == textbook_ids(trained, PROSE), name
-        assert fast.read_known(words, trained.fingerprint) is not None, name
-        assert words.read_bytes() != damaged
+        ours = damaged.startswith(fast.KNOWN_BEGIN)  # what is not ours is left alone
+        assert (read_known(words, trained) is not None) == ours, name
+        assert (words.read_bytes() == damaged) == (not ours)
+
+
+def test_a_sealed_file_that_makes_no_sense_is_not_used(trained, tmp_path):
+    path = plain.words_of(saved(trained, tmp_path))
+    good = dict(trained.known)
+    assert fast.is_known(good, trained.vocab_size)
+    wrong = {
+        "an id too large": good | {"ids": good["ids"] + np.uint16(trained.vocab_size - 300)},
+        "an id below 0": good | {"ids": -good["ids"].astype(np.int32)},
+        "floats": good | {"ids": good["ids"].astype(np.float32)},
+        "too few ids": good | {"ids": good["ids"][:-1]},
+        "too few sizes": good | {"sizes": good["sizes"][1:]},
+        "a column less": good | {"words2": good["words2"][:1]},
+        "no columns": good | {"words1": good["words1"][0]},
+        "a name less": {name: good[name] for name in good if name != "words4"},
+        "a name more": good | {"more": good["ids"]},
+    }
+    for name, known in wrong.items():
+        fast.write_known(path, trained.fingerprint, known)
+        assert read_known(path, trained) is None, name
+    for arrays in ({"ids": ["<u2", [10**30]]}, {"ids": ["<u2", [-1]]}, {"ids": ["O", [1]]}, [], 1):
+        full = {name: ["<u8", [0]] for name in good} if isinstance(arrays, dict) else {}
+        head = fast.KNOWN_FORMAT | {"tokenizer": trained.fingerprint}
+        head["arrays"] = full | arrays if full else arrays
+        head |= {"sha256": fast.seal_known(head, b"")}
+        path.write_bytes(json.dumps(head).encode() + b"\n")
+        assert read_known(path, trained) is None, arrays
+    path.write_bytes(b"[" * 10**6 + b"\n")
+    assert read_known(path, trained) is None
+
+
+def test_known_words_are_not_read_if_too_large(trained, tmp_path, monkeypatch):
+    path = plain.words_of(saved(trained, tmp_path))
+    monkeypatch.setattr(fast, "LARGEST_TOKENIZER", 1000)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("was read"))
+    assert read_known(path, trained) is None
+
+
+def test_the_cache_overwrites_no_file_of_others(trained, tmp_path):
+    names = ("english.words", "tok.v1", "tok.v2")
+    for name in names:
+        Tokenizer(trained.merges[: len(name)]).save(tmp_path / name, compiled=True)
+    for name in names:
+        assert len(Tokenizer.load(tmp_path / name).merges) == len(name)
+        assert (tmp_path / f"{name}.words").is_file()
+    with pytest.raises(ValueError, match="english.words: in the way") as caught:
+        trained.save(tmp_path / "english", compiled=True)
+    assert "\n" not in str(caught.value) and not (tmp_path / "english").exists()
+    trained.save(tmp_path / "english")
+    before = (tmp_path / "english.words").read_bytes()
+    assert Tokenizer.load(tmp_path / "english").encode(PROSE) == textbook_ids(trained, PROSE)
+    assert (tmp_path / "english.words").read_bytes() == before
+
+
+def test_a_tie_of_frequent_words_is_settled_by_the_words(monkeypatch):
+    words = ["".join(random.Random(i).choices("abcdefgh", k=3 + i % 20)) for i in range(500)]
+    monkeypatch.setattr(fast, "KNOWN", 100)
+    found = []
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(words, len(words))
+        known = Tokenizer.train([" ".join(["the", "the", *shuffled])], 300, workers=1).known
+        found.append({bytes(w) for name in ("words1", "words2", "words4") for w in known[name].T})
+        assert len(known["sizes"]) == len(found[-1]) == 100
+    assert found[0] == found[1] == found[2]
 
 
 def test_words_of_an_old_vocabulary_are_stale(trained, tmp_path):
@@ -582,12 +776,12 @@ def test_words_of_an_old_vocabulary_are_stale(trained, tmp_path):
     smaller.save(path)
     again = Tokenizer.load(path)
     assert again.encode(PROSE) == textbook_ids(smaller, PROSE)
-    assert fast.read_known(path.with_suffix(".words"), smaller.fingerprint) is not None
+    assert read_known(plain.words_of(path), smaller) is not None
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(trained, tmp_path, monkeypatch):
     path = saved(trained, tmp_path)
-    path.with_suffix(".words").write_bytes(b"stale")
+    plain.words_of(path).write_bytes(fast.KNOWN_BEGIN + b"stale")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -653,4 +847,4 @@ def test_the_command_line_trains_and_exports(tmp_path, capsys, monkeypatch):
     assert tokenizers.Tokenizer.from_file("hf.out").encode(PROSE).ids == tokenizer.encode(PROSE)
     assert Path("tiktoken.out").read_bytes().count(b"\n") == 699
     assert "hf.out: written" in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.glob("t.*")) == ["t.json", "t.words"]
+    assert sorted(p.name for p in tmp_path.glob("t.*")) == ["t.json", "t.json.words"]
