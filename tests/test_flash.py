@@ -20,6 +20,7 @@ import pytest
 import torch
 from alive import Alive
 from apart import python
+from seeded import one_seed  # noqa: F401
 
 from nanolm import flash
 from nanolm.flash import (
@@ -55,16 +56,6 @@ NOTHING = 1e-4  # what is left where the right answer is zero
 def test_where_triton_is_kernels_run():
     """Else nearly all that follows would be skipped, and nobody would notice."""
     assert RUNS or not has_triton()
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    """One seed, and one thread: tensors are small and test processes share the cores."""
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def label(value):

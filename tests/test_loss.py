@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from alive import Alive
 from apart import python
+from seeded import one_seed  # noqa: F401
 
 from nanolm import loss
 from nanolm.interpret import SHARED, checked, has_triton, interpreting, poisoned
@@ -50,16 +51,6 @@ TILES = [OTHER_TILES, SMALL, BOXES, HOPPER_TILES]
 def test_where_triton_is_kernels_run():
     """Else half of what follows would be skipped, and nobody would notice."""
     assert RUNS or not has_triton()
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    """One seed, and one thread: tensors are small and test processes share the cores."""
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- the judge, and what is judged -------------------------------------------------------------

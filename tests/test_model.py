@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeded import one_seed  # noqa: F401
 
 from nanolm.model import (
     PRESETS,
@@ -30,16 +31,6 @@ from nanolm.model import (
 TINY = ModelConfig(
     vocab_size=67, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=44, max_seq_len=48
 )
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    """One seed, and one thread: tensors are tiny and test processes share the cores."""
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def loud(config, dtype=torch.float64):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from seeded import one_seed  # noqa: F401
 
 import nanolm.step as step_module
 from nanolm.model import ModelConfig, Transformer
@@ -14,15 +15,6 @@ from nanolm.train import accumulate, pack_optimizer, unpack_optimizer
 CONFIG = ModelConfig(vocab_size=61, n_layer=2, d_model=32, n_head=2, d_ff=40, max_seq_len=12)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def micro_batches(count=1, rows=4, device="cpu"):
