@@ -19,7 +19,8 @@ import flash_gate
 import pytest
 import torch
 from alive import Alive
-from apart import python
+from apart import NO_TRITON, python
+from place import DEVICE, ON_GPU, RUNS, on_gpu, with_kernels
 from seeded import one_seed  # noqa: F401
 
 from nanolm import flash
@@ -36,11 +37,6 @@ from nanolm.flash import (
 from nanolm.interpret import SHARED, checked, has_triton, intact, interpreting, poisoned
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
-ON_GPU = DEVICE == "cuda" and has_triton()
-RUNS = ON_GPU or interpreting()
-with_kernels = pytest.mark.skipif(not RUNS, reason="Triton is not installed")
-on_gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU in use")
 # infinite scores are meant here; NumPy, which interprets, finds them worth a word
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -734,15 +730,7 @@ def test_what_no_kernel_takes_is_refused_on_a_gpu(dtype, D):
         flash_attention(x, x, x)
 
 
-NO_TRITON = """
-    import sys
-
-    class Refuse:
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] == "triton":
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    sys.meta_path.insert(0, Refuse())
+PLAIN = """
     import torch
     import nanolm.flash
     from nanolm import flash_attention, has_triton
@@ -759,7 +747,7 @@ NO_TRITON = """
 
 
 def test_without_triton_plain_pytorch_does_it():
-    first, second = python(NO_TRITON, CUDA_VISIBLE_DEVICES="").splitlines()
+    first, second = python(NO_TRITON + PLAIN, CUDA_VISIBLE_DEVICES="").splitlines()
     assert first == f"False [1.0] {4 * 9 * 24:.1f}"
     assert "needs Triton, which is not installed" in second
 

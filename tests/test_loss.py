@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from alive import Alive
-from apart import python
+from apart import NO_TRITON, python
+from place import DEVICE, ON_GPU, RUNS, on_gpu, with_kernels
 from seeded import one_seed  # noqa: F401
 
 from nanolm import loss
@@ -32,11 +33,6 @@ from nanolm.loss import (
 from nanolm.model import ModelConfig, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
-ON_GPU = DEVICE == "cuda" and has_triton()
-RUNS = ON_GPU or interpreting()
-with_kernels = pytest.mark.skipif(not RUNS, reason="Triton is not installed")
-on_gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU in use")
 # infinite weights are meant here; NumPy, which interprets, finds them worth a word
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -432,15 +428,7 @@ def test_bad_input_is_one_clear_error(says):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-NO_TRITON = """
-    import sys
-
-    class Refuse:
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] == "triton":
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    sys.meta_path.insert(0, Refuse())
+PLAIN = """
     import torch
     from nanolm import linear_cross_entropy
 
@@ -452,7 +440,7 @@ NO_TRITON = """
 
 
 def test_without_triton_plain_pytorch_does_it():
-    assert python(NO_TRITON, CUDA_VISIBLE_DEVICES="") == f"{round(math.log(8), 4)} False\n"
+    assert python(NO_TRITON + PLAIN, CUDA_VISIBLE_DEVICES="") == f"{round(math.log(8), 4)} False\n"
 
 
 # ---- compiled for cards that are not here ------------------------------------------------------
