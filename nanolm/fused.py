@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: a04f95ed
+# The seal of all that stands in no cell: b42f796f
 """`nanolm.fused`, derived in the book, where each line has its reason:
 
 - book/07b-fused.md: Between the products
@@ -22,9 +22,11 @@ __all__ = [
     "norm_kernel",
     "norm_back_kernel",
     "has_fused",
+    "SHARE",
     "rows_for",
     "launch_norm",
     "launch_norm_back",
+    "room_for_parts",
     "norm",
     "norm_back",
     "plain_rotate",
@@ -39,10 +41,9 @@ __all__ = [
     "launch_gate_back",
     "gate",
     "gate_back",
-    "scatter_kernel",
-    "gather_kernel",
-    "launch_scatter",
-    "launch_gather",
+    "runs_kernel",
+    "join_kernel",
+    "launch_add_rows",
     "add_rows",
     "plain_adamw",
     "adamw_kernel",
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 
-# %% book/07b-fused.md, exported cell 1 (0e123a93)
+# %% book/07b-fused.md, exported cell 1 (d3e1119b)
 def plain_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,17 +64,17 @@ def plain_norm(
 
 
 def plain_norm_back(
-    grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, beside: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The gradient of x (N, C) through its norm, plus `beside`; and of the weight, in parts."""
+    grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, beside: Tensor | None, parts: Tensor
+) -> Tensor:
+    """The gradient of x (N, C) through its norm, plus `beside`; that of the weight to parts[0]."""
     g, unit = grad.to(scale.dtype), x * scale[:, None]
-    parts = (g * unit).sum(0, keepdim=True)
+    parts[0] = (g * unit).sum(0)
     g = g * weight
     dx = (g - unit * (g * unit).mean(-1, keepdim=True)) * scale[:, None]
-    return (dx if beside is None else dx + beside).to(x.dtype), parts
+    return (dx if beside is None else dx + beside).to(x.dtype)
 
 
-# %% book/07b-fused.md, exported cell 2 (e53dac93)
+# %% book/07b-fused.md, exported cell 2 (fef53366)
 @triton.jit
 def row_tile(N, C: tl.constexpr, ROWS: tl.constexpr):
     """This program's rows, which numbers of a matrix (N, C) they are, and which exist."""
@@ -102,30 +103,40 @@ def norm_kernel(
 @triton.jit
 def norm_back_kernel(
     GRAD, X, SCALE, WEIGHT, BESIDE, DX, PARTS, N,
-    C: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Equation 2 for a few rows, and their part of the weight's gradient."""
-    row, at, here = row_tile(N, C, ROWS)
-    g = tl.load(GRAD + at, mask=here, other=0.0).to(tl.float32)
-    x = tl.load(X + at, mask=here, other=0.0)
-    scale = tl.load(SCALE + row, mask=row < N, other=0.0)[:, None]
-    unit = x.to(tl.float32) * scale
-    tl.store(PARTS + tl.program_id(0) * C + tl.arange(0, C), tl.sum(g * unit, 0))
-    g *= tl.load(WEIGHT + tl.arange(0, C)).to(tl.float32)[None, :]
-    dx = (g - unit * (tl.sum(g * unit, 1) / C)[:, None]) * scale
-    if ADD:
-        dx += tl.load(BESIDE + at, mask=here, other=0.0).to(tl.float32)
-    tl.store(DX + at, dx.to(x.dtype), mask=here)
+    """Equation 2 for some tiles of rows, and their part of the weight's gradient."""
+    c = tl.arange(0, C)
+    weight = tl.load(WEIGHT + c).to(tl.float32)[None, :]
+    parts = tl.zeros((ROWS, C), tl.float32)
+    for i in tl.range(0, TILES, num_stages=3):
+        row = (tl.program_id(0) * TILES + i) * ROWS + tl.arange(0, ROWS)
+        at, here = row.to(tl.int64)[:, None] * C + c[None, :], (row < N)[:, None]
+        g = tl.load(GRAD + at, mask=here, other=0.0).to(tl.float32)
+        x = tl.load(X + at, mask=here, other=0.0)
+        scale = tl.load(SCALE + row, mask=row < N, other=0.0)[:, None]
+        unit = x.to(tl.float32) * scale
+        parts += g * unit
+        g *= weight
+        dx = (g - unit * (tl.sum(g * unit, 1) / C)[:, None]) * scale
+        if ADD:
+            dx += tl.load(BESIDE + at, mask=here, other=0.0).to(tl.float32)
+        tl.store(DX + at, dx.to(x.dtype), mask=here)
+    tl.store(PARTS + tl.program_id(0) * C + c, tl.sum(parts, 0))
 
 
-# %% book/07b-fused.md, exported cell 3 (098a660e)
+# %% book/07b-fused.md, exported cell 3 (800ab03b)
 def has_fused(x: Tensor, *widths: int) -> bool:
     """Whether the kernels of this chapter can take tensors like x, with rows of such widths."""
     fits = all(16 <= width <= 4096 and width & (width - 1) == 0 for width in widths)
-    return x.is_cuda and has_triton() and x.dtype == torch.bfloat16 and fits
+    whole = x.is_contiguous() and x.dtype == torch.bfloat16
+    return x.is_cuda and has_triton() and whole and fits
 
 
-def rows_for(width: int, numbers: int = 2048) -> dict[str, int]:
+SHARE = 32  # rows whose part of a norm's gradient one program adds up
+
+
+def rows_for(width: int, numbers: int = 1024) -> dict[str, int]:
     """How many rows of this width a program takes, and in how many warps."""
     if interpreting():
         repair_bfloat16()
@@ -138,22 +149,29 @@ def launch_norm(
     """What `plain_norm` computes, by the kernel."""
     (N, C), add = x.shape, delta is not None
     out, total = torch.empty_like(x), torch.empty_like(x) if add else x
-    scale, known = x.new_empty(N, dtype=torch.float32), rows_for(C, 1024)
+    scale, known = x.new_empty(N, dtype=torch.float32), rows_for(C)
     grid = (triton.cdiv(N, known["ROWS"]),)
     norm_kernel[grid](x, delta if add else x, weight, total, out, scale, N, eps, C, ADD=add, **known)
     return total, out, scale
 
 
 def launch_norm_back(
-    grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, beside: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, beside: Tensor | None, parts: Tensor
+) -> Tensor:
     """What `plain_norm_back` computes, by the kernel."""
-    (N, C), add = x.shape, beside is not None
-    dx, known = torch.empty_like(x), rows_for(C)
-    programs = triton.cdiv(N, known["ROWS"])
-    parts, past = scale.new_empty(programs, C), beside if add else x
-    norm_back_kernel[(programs,)](grad, x, scale, weight, past, dx, parts, N, C, ADD=add, **known)
-    return dx, parts
+    (N, C), add, dx = x.shape, beside is not None, torch.empty_like(x)
+    rows = rows_for(C, 512)["ROWS"]
+    known = {"ROWS": rows, "TILES": triton.cdiv(SHARE, rows), "num_warps": 1}
+    past = beside if add else x
+    norm_back_kernel[(len(parts),)](grad, x, scale, weight, past, dx, parts, N, C, ADD=add, **known)
+    return dx
+
+
+def room_for_parts(x: Tensor, count: int) -> Tensor:
+    """For `count` norms of x (N, C): where the parts of their weights' gradients go."""
+    fused = has_fused(x, x.size(1)) or interpreting()
+    programs = -(-len(x) // SHARE) if fused else 1
+    return x.new_zeros(count, programs, x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def norm(
@@ -165,14 +183,17 @@ def norm(
 
 
 def norm_back(
-    grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, beside: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The gradient of x (N, C) through its norm, plus `beside`; and of the weight, in parts."""
+    grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, beside: Tensor | None, parts: Tensor
+) -> Tensor:
+    """The gradient of x (N, C) through its norm, plus `beside`.
+
+    The sum of `parts` over its rows becomes the gradient of the weight: see `room_for_parts`.
+    """
     way = launch_norm_back if has_fused(x, x.size(1)) else plain_norm_back
-    return way(grad, x, scale, weight, beside)
+    return way(grad, x, scale, weight, beside, parts)
 
 
-# %% book/07b-fused.md, exported cell 4 (f361be7b)
+# %% book/07b-fused.md, exported cell 4 (c15dd198)
 def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float = 1.0) -> None:
     """Turn, in place, the first heads of rows x (B, T, W) by the angles of the tables (T, D/2)."""
     turned = x[..., : 2 * heads * cos.size(1)].unflatten(-1, (heads, 2, -1))
@@ -204,7 +225,7 @@ def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float =
     """What `plain_rotate` does, by the kernel."""
     (B, T, W), half = x.shape, cos.size(1)
     cols = triton.next_power_of_2(heads * half)
-    known = rows_for(cols, 1024)
+    known = rows_for(cols)
     grid = (triton.cdiv(B * T, known["ROWS"]),)
     rotate_kernel[grid](x, cos, sin, B * T, T, W, sign, heads * half, half, cols, **known)
 
@@ -215,7 +236,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float = 1.0) -
     way(x, cos, sin, heads, sign)
 
 
-# %% book/07b-fused.md, exported cell 5 (b385ef22)
+# %% book/07b-fused.md, exported cell 5 (4a00ae3c)
 def plain_gate(both: Tensor) -> Tensor:
     """silu(gate) * up (N, F), from gate and up side by side (N, 2F)."""
     gate, up = both.chunk(2, -1)
@@ -260,14 +281,14 @@ def gate_back_kernel(GRAD, BOTH, OUT, DBOTH, N, WIDTH: tl.constexpr, ROWS: tl.co
 def launch_gate(both: Tensor) -> Tensor:
     """What `plain_gate` computes, by the kernel."""
     N, width = len(both), both.size(1) // 2
-    out, known = both.new_empty(N, width), rows_for(width, 1024)
+    out, known = both.new_empty(N, width), rows_for(width)
     gate_kernel[(triton.cdiv(N, known["ROWS"]),)](both, out, N, width, **known)
     return out
 
 
 def launch_gate_back(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
     """What `plain_gate_back` computes, by the kernel."""
-    (N, width), known = grad.shape, rows_for(grad.size(1), 1024)
+    (N, width), known = grad.shape, rows_for(grad.size(1))
     out, d_both = torch.empty_like(grad), torch.empty_like(both)
     gate_back_kernel[(triton.cdiv(N, known["ROWS"]),)](grad, both, out, d_both, N, width, **known)
     return out, d_both
@@ -283,54 +304,68 @@ def gate_back(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
     return (launch_gate_back if has_fused(both, grad.size(1)) else plain_gate_back)(grad, both)
 
 
-# %% book/07b-fused.md, exported cell 6 (10219ef3)
+# %% book/07b-fused.md, exported cell 6 (5ca383a2)
 @triton.jit
-def scatter_kernel(GRAD, IDS, PLACE, N, C: tl.constexpr, ROWS: tl.constexpr):
-    """Add a few rows to the rows of PLACE that IDS name, in any order."""
-    row, at, here = row_tile(N, C, ROWS)
-    word = tl.load(IDS + row, mask=row < N, other=0).to(tl.int64)
-    g = tl.load(GRAD + at, mask=here, other=0.0).to(tl.float32)
-    tl.atomic_add(PLACE + word[:, None] * C + tl.arange(0, C)[None, :], g, mask=here, sem="relaxed")
+def runs_kernel(
+    GRAD, ORDER, WORDS, PARTS, PLACE, N,
+    C: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add up the runs within ROWS sorted tokens: to PLACE, or to PARTS if they cross a border."""
+    i = tl.arange(0, ROWS)
+    n, c = tl.program_id(0) * ROWS + i, tl.program_id(1) * PART + tl.arange(0, PART)[None, :]
+    word = tl.load(WORDS + n, mask=n < N, other=-1)
+    before = tl.load(WORDS + n - 1, mask=(n > 0) & (n <= N), other=-1)
+    after = tl.load(WORDS + n + 1, mask=n + 1 < N, other=-1)
+    run = tl.cumsum(((word != before) & (i > 0)).to(tl.int32), 0)  # counted from this border
+    row = tl.load(ORDER + n, mask=n < N, other=0).to(tl.int64)
+    g = tl.load(GRAD + row[:, None] * C + c, mask=(n < N)[:, None], other=0.0)
+    member = run[None, :] == i[:, None]  # (runs, tokens)
+    sums = tl.dot(member.to(g.dtype), g)
+    whose = tl.max(tl.where(member, word[None, :], -1), 1)
+    comes = tl.max((member & ((i == 0) & (word == before))[None, :]).to(tl.int32), 1) > 0
+    goes = tl.max((member & ((i == ROWS - 1) & (word == after))[None, :]).to(tl.int32), 1) > 0
+    whole = ((whose >= 0) & (comes == 0) & (goes == 0))[:, None]
+    at = PLACE + whose.to(tl.int64)[:, None] * C + c
+    tl.store(at, tl.load(at, mask=whole, other=0.0) + sums, mask=whole)
+    part = PARTS + (2 * tl.program_id(0) + (comes == 0)).to(tl.int64)[:, None] * C + c
+    tl.store(part, sums, mask=((whose >= 0) & (comes | goes))[:, None])
 
 
 @triton.jit
-def gather_kernel(GRAD, ORDER, STARTS, PLACE, C: tl.constexpr, ROWS: tl.constexpr):
-    """Add all rows of one word to its row of PLACE, one after the other."""
-    first, end = tl.load(STARTS + tl.program_id(0)), tl.load(STARTS + tl.program_id(0) + 1)
-    if end > first:
-        total = tl.zeros((C,), tl.float32)
-        for i in tl.range(first, end, ROWS):
-            n = i + tl.arange(0, ROWS)
-            row = tl.load(ORDER + n, mask=n < end, other=0).to(tl.int64)
-            at = GRAD + row[:, None] * C + tl.arange(0, C)[None, :]
-            total += tl.sum(tl.load(at, mask=(n < end)[:, None], other=0.0).to(tl.float32), 0)
-        at = PLACE + tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
+def join_kernel(WORDS, PARTS, PLACE, N, C: tl.constexpr, ROWS: tl.constexpr):
+    """Put together the run that begins in a program's ROWS tokens and goes on behind them."""
+    first, c = tl.program_id(0) * ROWS, tl.arange(0, C)
+    end = first + ROWS
+    word = tl.load(WORDS + end - 1, mask=end < N, other=-1)
+    goes = (end < N) & (word == tl.load(WORDS + end, mask=end < N, other=-1))
+    begun = word == tl.load(WORDS + first - 1, mask=(first > 0) & (end < N), other=-1)
+    if goes & (begun == 0):
+        total = tl.load(PARTS + (2 * tl.program_id(0) + 1).to(tl.int64) * C + c)
+        while (end < N) & (word == tl.load(WORDS + end, mask=end < N, other=-1)):
+            total += tl.load(PARTS + (2 * (end // ROWS)).to(tl.int64) * C + c)
+            end += ROWS
+        at = PLACE + word.to(tl.int64) * C + c
         tl.store(at, tl.load(at) + total)
 
 
-def launch_scatter(place: Tensor, ids: Tensor, grad: Tensor) -> None:
-    """place[ids[n]] += grad[n] by the first kernel."""
-    (N, C), known = grad.shape, rows_for(grad.size(1), 1024)
-    scatter_kernel[(triton.cdiv(N, known["ROWS"]),)](grad, ids, place, N, C, **known)
-
-
-def launch_gather(place: Tensor, ids: Tensor, grad: Tensor) -> None:
-    """place[ids[n]] += grad[n] by the second kernel: the same bits every time."""
-    C, (words, order) = grad.size(1), torch.sort(ids.int(), stable=True)
-    every = torch.arange(len(place) + 1, dtype=torch.int32, device=ids.device)
-    starts = torch.searchsorted(words, every, out_int32=True)
-    known = rows_for(C, 16384) | {"num_warps": 8}
-    gather_kernel[(len(place),)](grad, order, starts, place, C, **known)
+def launch_add_rows(place: Tensor, words: Tensor, order: Tensor, grad: Tensor) -> None:
+    """place[words[n]] += grad[order[n]], words ascending: the same bits every time."""
+    if interpreting():
+        repair_bfloat16()
+    (N, C), ROWS = grad.shape, 32
+    programs, part = triton.cdiv(N, ROWS), min(C, 256)
+    parts = place.new_empty(2 * programs, C)
+    grid = programs, C // part
+    runs_kernel[grid](grad, order, words, parts, place, N, C, part, ROWS, num_warps=4)
+    join_kernel[(programs,)](words, parts, place, N, C, ROWS, num_warps=1)
 
 
 def add_rows(place: Tensor, ids: Tensor, grad: Tensor) -> None:
-    """place[ids[n]] += grad[n]: place (V, C) float32, ids (N), grad (N, C)."""
-    if not has_fused(grad, grad.size(1)):
-        place.index_add_(0, ids, grad.to(place.dtype))
-    elif torch.are_deterministic_algorithms_enabled():
-        launch_gather(place, ids, grad)
+    """place[ids[n]] += grad[n]: place (V, C) float32, ids (N), grad (N, C); always the same bits."""
+    if has_fused(grad, grad.size(1)):
+        launch_add_rows(place, *torch.sort(ids.int(), stable=True), grad)
     else:
-        launch_scatter(place, ids, grad)
+        place.index_add_(0, ids, grad.to(place.dtype))
 
 
 # %% book/07b-fused.md, exported cell 7 (0a2a6541)

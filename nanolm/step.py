@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: c3f707bc
+# The seal of all that stands in no cell: 456b1e93
 """`nanolm.step`, derived in the book, where each line has its reason:
 
 - book/09b-step.md: A step without waiting
@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from nanolm.flash import backward_into, flash_forward
-from nanolm.fused import adamw_row, add_rows, gate, gate_back, norm, norm_back, rotate
+from nanolm.fused import (
+    adamw_row,
+    add_rows,
+    gate,
+    gate_back,
+    norm,
+    norm_back,
+    room_for_parts,
+    rotate,
+)
 from nanolm.loss import linear_cross_entropy, loss_into, set_product
 from nanolm.model import ModelConfig, Transformer
 from nanolm.optim import AdamW
@@ -69,7 +78,7 @@ def layers_of(tensors: dict[str, Tensor], n_layer: int) -> list[LayerWeights]:
     ]
 
 
-# %% book/09b-step.md, exported cell 3 (6f6cdcde)
+# %% book/09b-step.md, exported cell 3 (1f082aa5)
 class Kept(NamedTuple):
     """What the way back needs of a layer."""
 
@@ -112,6 +121,8 @@ class Forward:
         c, (B, T), kept = self.config, ids.shape, []
         if T > c.max_seq_len:
             raise ValueError(f"{T} tokens are more than max_seq_len {c.max_seq_len}")
+        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
+            raise ValueError(f"token ids must be in 0..{c.vocab_size - 1}")  # a GPU would wait
         cos, sin = (table[:T] for table in self.tables)
         x = self.embedding[ids.flatten()]
         following = [layer.attn_norm for layer in self.layers[1:]] + [self.norm]
@@ -135,28 +146,26 @@ class Forward:
             return linear_cross_entropy(y, self.embedding, targets.flatten())
 
 
-# %% book/09b-step.md, exported cell 4 (d7b60d5c)
+# %% book/09b-step.md, exported cell 4 (ef8b1dca)
 class Passes(Forward):
     """The forward and backward pass of a Transformer, written out."""
 
     def half_back(
         self, dx: Tensor, above: Tensor, weight: Tensor, place: Tensor, layer_in: Tensor,
-        x: Tensor, scale: Tensor, norm_weight: Tensor,
+        x: Tensor, scale: Tensor, norm_weight: Tensor, parts: Tensor,
     ) -> Tensor:  # fmt: skip
         """Through a half layer's first product and norm; `above` is the product's gradient."""
         set_product(place, above.T, layer_in, beta=1)
-        dx, parts = norm_back(above @ weight, x, scale, norm_weight, dx)
-        self.parts.append(parts)
-        return dx
+        return norm_back(above @ weight, x, scale, norm_weight, dx, parts)
 
-    def back(self, dx: Tensor, ids: Tensor, kept: list[Kept]) -> None:
+    def back(self, dx: Tensor, ids: Tensor, kept: list[Kept], parts: Tensor) -> None:
         """From the gradient of the stream before the last norm to all the others."""
-        c, B = self.config, len(ids)
+        c, B, rest = self.config, len(ids), iter(parts)
         for layer, place, was in zip(self.layers[::-1], self.places[::-1], kept[::-1], strict=True):
             mlp_out, d_both = gate_back(dx @ layer.down_proj, was.both)
             set_product(place.down_proj, dx.T, mlp_out, beta=1)
             way = layer.gate_up, place.gate_up, was.mlp_in, was.mid, was.mid_scale, layer.mlp_norm
-            dx = self.half_back(dx, d_both, *way)
+            dx = self.half_back(dx, d_both, *way, next(rest))
             set_product(place.o_proj, dx.T, was.out.transpose(1, 2).reshape(len(dx), -1), beta=1)
             d_out, d_qkv = heads_of(dx @ layer.o_proj, B, c.head_dim), torch.empty_like(was.qkv)
             rooms, qkv = (heads_of(x, B, c.head_dim).split(self.counts, 1) for x in (d_qkv, was.qkv))
@@ -164,7 +173,7 @@ class Passes(Forward):
             cos, sin = (table[: ids.size(1)] for table in self.tables)
             rotate(d_qkv.view(*ids.shape, -1), cos, sin, c.n_head + c.n_kv_head, -1.0)
             way = layer.qkv, place.qkv, was.attn_in, was.x, was.x_scale, layer.attn_norm
-            dx = self.half_back(dx, d_qkv, *way)
+            dx = self.half_back(dx, d_qkv, *way, next(rest))
         add_rows(self.place_of["embedding.weight"], ids.flatten(), dx)
 
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -172,12 +181,12 @@ class Passes(Forward):
         y, x, scale, kept = self.there(ids)
         place = self.place_of["embedding.weight"]
         loss, dy = loss_into(place, y, self.embedding, targets.flatten())
-        dx, parts = norm_back(dy, x, scale, self.norm, None)
-        self.parts = [parts]
-        self.back(dx, ids, kept)
+        parts = room_for_parts(x, 1 + 2 * len(kept))
+        dx = norm_back(dy, x, scale, self.norm, None, parts[0])
+        self.back(dx, ids, kept, parts[1:])
         norms = [self.place_of["norm.weight"]]
         norms += [p for place in self.places[::-1] for p in (place.mlp_norm, place.attn_norm)]
-        torch._foreach_add_(norms, list(torch.stack(self.parts).sum(1)))
+        torch._foreach_add_(norms, list(parts.sum(1)))
         return loss
 
 
