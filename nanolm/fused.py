@@ -368,32 +368,35 @@ def add_rows(place: Tensor, ids: Tensor, grad: Tensor) -> None:
         place.index_add_(0, ids, grad.to(place.dtype))
 
 
-# %% book/07b-fused.md, exported cell 7 (0a2a6541)
+# %% book/07b-fused.md, exported cell 7 (1f7e528b)
 def plain_adamw(
     weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor, grad: Tensor, scale: Tensor,
-    hyper: Tensor, betas: tuple[float, float], eps: float, weight_decay: float,
+    hyper: Tensor, good: Tensor, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """One step of AdamW (Loshchilov and Hutter 2019) on a row of weights, and its copy `low`.
 
     The gradient is multiplied by `scale`. `hyper` holds the learning rate and, for step t,
-    1 - beta1 ** t and 1 - beta2 ** t.
+    1 - beta1 ** t and 1 - beta2 ** t. Nothing changes where `good`, a scalar, is False.
     """
     lr, first, second = hyper.unbind()
     g = grad * scale
-    exp_avg.lerp_(g, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    update = exp_avg / first / ((exp_avg_sq / second).sqrt() + eps)
-    weight.copy_(weight * (1 - lr * weight_decay) - lr * update)
+    mean = exp_avg.lerp(g, 1 - betas[0])
+    square = (exp_avg_sq * betas[1]).addcmul(g, g, value=1 - betas[1])
+    update = mean / first / ((square / second).sqrt() + eps)
+    moved = weight * (1 - lr * weight_decay) - lr * update
+    for old, new in ((exp_avg, mean), (exp_avg_sq, square), (weight, moved)):
+        old.copy_(torch.where(good, new, old))
     low.copy_(weight)
 
 
 @triton.jit
 def adamw_kernel(
-    WEIGHT, AVG, SQUARE, LOW, GRAD, SCALE, HYPER, N, beta1, beta2, eps, decay, BLOCK: tl.constexpr
-):
+    WEIGHT, AVG, SQUARE, LOW, GRAD, SCALE, HYPER, GOOD, N, beta1, beta2, eps, decay,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """`plain_adamw` for BLOCK numbers."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = i < N
+    here = (i < N) & (tl.load(GOOD) != 0)
     lr, first, second = tl.load(HYPER), tl.load(HYPER + 1), tl.load(HYPER + 2)
     g = tl.load(GRAD + i, mask=here, other=0.0) * tl.load(SCALE)
     m = tl.load(AVG + i, mask=here, other=0.0)
@@ -409,7 +412,7 @@ def adamw_kernel(
 
 def launch_adamw(
     weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor, grad: Tensor, scale: Tensor,
-    hyper: Tensor, betas: tuple[float, float], eps: float, weight_decay: float,
+    hyper: Tensor, good: Tensor, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """What `plain_adamw` does, by the kernel."""
     row = weight, exp_avg, exp_avg_sq, low, grad
@@ -417,7 +420,8 @@ def launch_adamw(
         repair_bfloat16()
     N, block = len(weight), 1024
     options = *betas, eps, weight_decay
-    adamw_kernel[(triton.cdiv(N, block),)](*row, scale, hyper, N, *options, BLOCK=block)
+    grid = (triton.cdiv(N, block),)
+    adamw_kernel[grid](*row, scale, hyper, good, N, *options, BLOCK=block)
 
 
 def adamw_row(weight: Tensor, *others: Tensor, **options: Any) -> None:

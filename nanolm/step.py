@@ -190,12 +190,11 @@ class Passes(Forward):
         return loss
 
 
-# %% book/09b-step.md, exported cell 5 (661039d8)
+# %% book/09b-step.md, exported cell 5 (df6ecfa9)
 def clip_scale(grads: list[Tensor], count: int, max_norm: float) -> tuple[Tensor, Tensor]:
     """The joint length of sums of `count` gradients over count; what to multiply the sums with."""
     norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm() / count
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return norm, torch.where(norm.isfinite(), scale, 1.0) / count
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0) / count
 
 
 # %% book/09b-step.md, exported cell 6 (ed904781)
@@ -268,7 +267,7 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 8 (1bbfe6ad)
+# %% book/09b-step.md, exported cell 8 (32ab66a7)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
@@ -277,12 +276,14 @@ class GraphedStep:
     put other tensors in their place. A step takes `grad_accum` micro-batches, always of one shape;
     the learning rate is that of the optimizer's groups. `grad_clip` 0 is no limit. `reduce` is
     called with the list of summed gradients, flat float32 tensors, and may change them in place.
-    On a CPU nothing is recorded.
+    A step whose loss or gradient is not finite changes no weight and no moment; with `latch` no step
+    after it does either. On a CPU nothing is recorded.
     """
 
     def __init__(
         self, model: Transformer, optimizer: AdamW, *, grad_accum: int = 1, grad_clip: float = 1.0,
         dtype: torch.dtype = torch.bfloat16, reduce: Callable[[list[Tensor]], Any] | None = None,
+        latch: bool = False,
     ) -> None:  # fmt: skip
         if not isinstance(optimizer, AdamW) or grad_accum < 1 or not grad_clip >= 0:
             given = f"{type(optimizer).__name__}, {grad_accum} and {grad_clip}"
@@ -290,6 +291,7 @@ class GraphedStep:
             raise ValueError(f"a step needs {need}, not {given}")
         self.optimizer, self.count, self.limit = optimizer, grad_accum, grad_clip or float("inf")
         self.reduce, self.device = reduce, model.embedding.weight.device
+        self.latch, self.good = latch, torch.ones((), dtype=torch.bool, device=self.device)
         self.rows, low, places = adopt(model, optimizer, dtype)
         self.passes = Passes(model.config, model.tables, low, places)
         self.held = [p for rows in self.rows for p in rows.group["params"]]
@@ -304,14 +306,17 @@ class GraphedStep:
         losses = [self.passes(*micro) for micro in self.batch.unbind()]
         if self.reduce is not None:
             self.reduce(grads)
-        return torch.stack(losses).mean(), self.update()
+        loss = torch.stack(losses).mean()
+        return loss, self.update(loss)
 
-    def update(self) -> Tensor:
+    def update(self, loss: Tensor) -> Tensor:
         """Clip, update every row and its low copy; the norm of the mean gradient before."""
         norm, scale = clip_scale([rows.grad for rows in self.rows], self.count, self.limit)
+        good = (loss + norm).isfinite()
+        self.good.copy_(good & self.good if self.latch else good)
         for rows in self.rows:
             options = {name: rows.group[name] for name in ("betas", "eps", "weight_decay")}
-            adamw_row(*rows[:5], scale, rows.hyper, **options)
+            adamw_row(*rows[:5], scale, rows.hyper, self.good, **options)
         return norm
 
     def prepare(self) -> None:
@@ -347,10 +352,11 @@ class GraphedStep:
         names = ("betas", "eps", "weight_decay")
         options = str([rows.group[name] for rows in self.rows for name in names])
         if options not in self.replays:
-            kept = [[x.clone() for x in rows[:4]] for rows in self.rows]
+            kept, good = [[x.clone() for x in rows[:4]] for rows in self.rows], self.good.clone()
             try:
                 self.replays[options] = (None, *record(self.work))
             finally:
+                self.good.copy_(good)
                 for rows, old in zip(self.rows, kept, strict=True):
                     torch._foreach_copy_(list(rows[:4]), old)
         _, graph, (loss, norm) = self.replays[options]

@@ -212,10 +212,23 @@ def test_update(N, decay):
         row = [in_poison(x.to(kind)) for x in (weight, avg, square)]
         row.append(torch.zeros(N, dtype=BF16, device=DEVICE))
         with checked() if interpreting() else contextlib.nullcontext():
-            way(*row, grad.to(kind), scale.to(kind), hyper.to(kind), (0.9, 0.95), 1e-8, decay)
+            numbers = grad.to(kind), scale.to(kind), hyper.to(kind), torch.tensor(True).to(DEVICE)
+            way(*row, *numbers, (0.9, 0.95), 1e-8, decay)
         assert torch.equal(row[3], row[0].to(BF16))
         results.append(row[:3])
     as_near(*results)
+
+
+@with_kernels
+@pytest.mark.parametrize("way", [fused.launch_adamw, fused.plain_adamw])
+def test_an_update_that_is_not_good_changes_nothing(way):
+    weight, avg = some(1500, 1500, dtype=FP32)
+    row = [weight.clone(), avg.clone(), avg.square(), weight.to(BF16)]
+    grad, one = torch.full((1500,), torch.nan, device=DEVICE), torch.tensor(1.0, device=DEVICE)
+    hyper, good = torch.full((3,), 0.1, device=DEVICE), torch.tensor(False, device=DEVICE)
+    way(*row, grad, one, hyper, good, (0.9, 0.95), 1e-8, 0.1)
+    for found, before in zip(row, (weight, avg, avg.square(), weight.to(BF16)), strict=True):
+        assert torch.equal(found, before)
 
 
 def test_what_the_kernels_cannot_take_goes_the_plain_way():

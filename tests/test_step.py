@@ -212,13 +212,30 @@ def test_options_that_change_are_recorded_anew(monkeypatch):
     assert len(recorded) == 2
 
 
-def test_a_gradient_that_is_not_finite_shows_in_the_norm():
+@pytest.mark.parametrize("latch", [False, True])
+def test_a_step_that_is_not_finite_moves_nothing(latch):
     ((model, optimizer), _) = pair()
-    step = exact(model, optimizer)
-    with torch.no_grad():
-        step.rows[1].low[0] = float("inf")
-    _, norm = step(micro_batches())
+    step, (good, bad) = exact(model, optimizer, latch=latch), (micro_batches(), micro_batches())
+    step(good)
+    before = copy.deepcopy(pack_optimizer(model, optimizer)), copy.deepcopy(model.state_dict())
+    kept = step.passes.layers[0].mlp_norm.clone()
+    step.passes.layers[0].mlp_norm[0] = float("inf")
+    _, norm = step(bad)
+    step.passes.layers[0].mlp_norm.copy_(kept)
     assert not norm.isfinite()
+
+    def changed():
+        after = pack_optimizer(model, optimizer), model.state_dict()
+        return [
+            name
+            for old, new in zip(before, after, strict=True)
+            for name in old
+            if not name.endswith("/step") and not torch.equal(old[name], new[name])
+        ]
+
+    assert not changed()
+    _, norm = step(good)
+    assert norm.isfinite() and bool(changed()) is not latch
 
 
 def test_validation_is_the_loss_of_the_low_copy():
