@@ -78,7 +78,7 @@ def layers_of(tensors: dict[str, Tensor], n_layer: int) -> list[LayerWeights]:
     ]
 
 
-# %% book/09b-step.md, exported cell 3 (1f082aa5)
+# %% book/09b-step.md, exported cell 3 (70aee424)
 class Kept(NamedTuple):
     """What the way back needs of a layer."""
 
@@ -124,9 +124,9 @@ class Forward:
         if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
             raise ValueError(f"token ids must be in 0..{c.vocab_size - 1}")  # a GPU would wait
         cos, sin = (table[:T] for table in self.tables)
-        x = self.embedding[ids.flatten()]
         following = [layer.attn_norm for layer in self.layers[1:]] + [self.norm]
-        x, y, scale = norm(x, None, self.layers[0].attn_norm, c.norm_eps)
+        first = self.layers[0].attn_norm
+        x, y, scale = norm(self.embedding, None, first, c.norm_eps, ids.flatten())
         for layer, next_norm in zip(self.layers, following, strict=True):
             qkv = y @ layer.qkv.T
             rotate(qkv.view(B, T, -1), cos, sin, c.n_head + c.n_kv_head)
