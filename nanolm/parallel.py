@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-# %% book/09c-parallel.md, exported cell 1 (52bb7300)
+# %% book/09c-parallel.md, exported cell 1 (19f9e7ae)
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 PATIENCE = timedelta(hours=2)  # for the main process, while it prepares the text
 
@@ -42,7 +42,7 @@ class LossModule(nn.Module):
         return self.loss_of(inputs, targets)
 
 
-@dataclass
+@dataclass(eq=False)
 class Team:
     """The processes that train a model together, as one of them sees it. Alone, it does nothing."""
 
@@ -50,6 +50,7 @@ class Team:
     size: int = 1
     device: torch.device = torch.device("cpu")
     vote: list[Any] = field(default_factory=list)  # the ballot under way
+    token: Tensor = field(default_factory=lambda: torch.zeros(1))
 
     @property
     def main(self) -> bool:
@@ -70,7 +71,7 @@ class Team:
     def wait(self) -> None:
         """Return when all have called this."""
         if self.size > 1:
-            dist.all_reduce(torch.zeros(1))
+            dist.all_reduce(self.token)  # which outlives the thread that sends it
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -114,7 +115,10 @@ class Team:
         return ConnectionError(f"{who} has lost another, which should say why: {words[0][:200]}")
 
     def leave(self) -> None:
-        """Part as friends: after the last step, when nobody waits for anybody."""
+        """Part as friends: after the last step, when nobody waits for anybody.
+
+        No recorded step, and no loss function of `share`, may be kept for use after it.
+        """
         if self.vote:
             self.vote[0].wait()
         if self.size > 1:

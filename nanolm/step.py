@@ -147,7 +147,7 @@ class SortedEmbedding(nn.Embedding):
         return Lookup.apply(self.weight, ids)
 
 
-# %% book/09b-step.md, exported cell 5 (1d430ec7)
+# %% book/09b-step.md, exported cell 5 (fbcc2d8f)
 def one_product(x: Tensor, *layers: torch.nn.Linear) -> tuple[Tensor, ...]:
     """layer(x) for each of the layers, which have no biases, by one product of matrices."""
     weight = torch.cat([layer.weight for layer in layers])
@@ -175,10 +175,11 @@ class MergedSwiGLU(SwiGLU):
         return self.down_proj(F.silu(gate) * up)
 
 
-def twin_of(model: Transformer, dtype: torch.dtype) -> Transformer:
+def twin_of(model: Transformer, dtype: torch.dtype, deterministic: bool = False) -> Transformer:
     """A copy of a model in another type, that computes with fewer and larger products."""
     twin = copy.deepcopy(model).to(dtype)
-    twin.embedding.__class__ = SortedEmbedding
+    if deterministic:
+        twin.embedding.__class__ = SortedEmbedding
     for block in twin.blocks:
         block.attn.__class__, block.mlp.__class__ = MergedAttention, MergedSwiGLU
     return twin
@@ -203,7 +204,7 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 7 (7267a95d)
+# %% book/09b-step.md, exported cell 7 (8c243d45)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
@@ -211,14 +212,14 @@ class GraphedStep:
     the optimizer remain what they are, with new storage: read and save them as before, but do not
     put other tensors in their place. A step takes `grad_accum` micro-batches, always of one shape;
     the learning rate is that of the optimizer's groups. `grad_clip` 0 is no limit. `reduce` is
-    given the gradients before they are clipped: several processes average them. On a CPU nothing is
-    recorded.
+    given the gradients before they are clipped: several processes average them. `deterministic`
+    gives a step the same bits every time, on a card too. On a CPU nothing is recorded.
     """
 
     def __init__(
         self, model: Transformer, optimizer: AdamW, *, grad_accum: int = 1, grad_clip: float = 1.0,
         dtype: torch.dtype = torch.bfloat16, compiled: bool = True,
-        reduce: Callable[[list[Tensor]], None] | None = None,
+        reduce: Callable[[list[Tensor]], None] | None = None, deterministic: bool = False,
     ) -> None:  # fmt: skip
         if not isinstance(optimizer, AdamW) or grad_accum < 1 or not grad_clip >= 0:
             given = f"{type(optimizer).__name__}, {grad_accum} and {grad_clip}"
@@ -226,7 +227,7 @@ class GraphedStep:
             raise ValueError(f"a step needs {need}, not {given}")
         self.optimizer, self.count, self.limit = optimizer, grad_accum, grad_clip or float("inf")
         self.reduce = reduce
-        self.twin = twin_of(model, dtype)
+        self.twin = twin_of(model, dtype, deterministic)
         twins: Any = dict(zip(model.parameters(), self.twin.parameters(), strict=True))
         self.rows, self.params, self.places = adopt(optimizer, twins, dtype)
         self.held = [p for rows in self.rows for p in rows.group["params"]]
@@ -304,6 +305,10 @@ class GraphedStep:
         _, graph, (loss, norm) = self.replays[options]
         graph.replay()
         return loss.clone(), norm.clone()
+
+    def forget(self) -> None:
+        """Drop the recordings: those of several processes hold on to what connects these."""
+        self.replays.clear()
 
     @torch.enable_grad()
     def __call__(self, micro: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

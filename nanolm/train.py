@@ -488,7 +488,7 @@ def restore(run: Run, log: Log) -> None:
         log(f"{run.folder} is already finished: it has done its {run.step} steps")
 
 
-# %% book/09-train.md, exported cell 19 (c2c0b589)
+# %% book/09-train.md, exported cell 19 (81701525)
 def build_run(
     model_config: ModelConfig, config: TrainConfig, team: Team, prepared: Any, log: Log
 ) -> Run:
@@ -520,7 +520,8 @@ def speed_up(run: Run) -> None:
         from nanolm.step import GraphedStep  # which is derived after this chapter
 
         limits: Any = {"grad_accum": c.grad_accum, "grad_clip": c.grad_clip}
-        limits["reduce"] = run.team.mean if run.team.size > 1 else None
+        limits |= {"reduce": run.team.mean if run.team.size > 1 else None}
+        limits |= {"deterministic": c.deterministic}
         run.graphed = GraphedStep(run.model, run.optimizer, **limits)
         run.loss_of = run.graphed.loss
     else:
@@ -556,18 +557,22 @@ def open_run(
     return run
 
 
-# %% book/09-train.md, exported cell 20 (f353f247)
+# %% book/09-train.md, exported cell 20 (1c46469e)
 @contextmanager
 def caught_signals(once: bool = True) -> Iterator[list[int]]:
     """Collect Ctrl-C and SIGTERM in a list instead of dying; a second one interrupts at once.
 
+    A second SIGTERM within a second is an echo: `timeout` sends it to a process and to its group.
     Unless not `once`: several processes may each be told twice, by a terminal and by `torchrun`,
     which knows itself what to do with those that do not end.
     """
     caught: list[int] = []
+    first: list[float] = []
 
     def note(number: int, frame: Any) -> None:
-        if caught and once:
+        first.append(time.monotonic())
+        echo = number == signal.SIGTERM and first[-1] - first[0] < 1
+        if caught and once and not echo:
             raise KeyboardInterrupt
         caught.append(number)
 
@@ -608,7 +613,7 @@ def equal_bits(wanted: bool) -> Iterator[None]:
             inductor.deterministic = chosen
 
 
-# %% book/09-train.md, exported cell 22 (6d2f4fa4)
+# %% book/09-train.md, exported cell 22 (c8767fa7)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -669,6 +674,9 @@ def train(
                 raise OSError(f"stopped at step {run.step}: {error}; {command}") from error
             finally:
                 run.diary.close()
+        if run.graphed is not None:
+            run.graphed.forget()
+        del run
         team.leave()
     except RuntimeError as error:
         if (lost := team.lost(error)) is error:

@@ -608,6 +608,25 @@ def test_second_ctrl_c_interrupts_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_second_sigterm_at_once_is_an_echo_and_a_later_one_is_not(monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt), loop.caught_signals() as caught:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGTERM] * 2
+        now[0] += 2
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.skipif(not shutil.which("timeout"), reason="needs timeout")
+def test_a_run_under_timeout_is_saved(config):
+    run = plan(replace(config, steps=100_000, checkpoint_every=0, eval_every=0))
+    command = ["timeout", "20", sys.executable, "-c", SCRIPT, str(run), "new", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert "stopped and saved after step" in done.stdout, done.stderr
+
+
 def test_training_in_a_thread(config):
     runs: list[Path] = []
     short = replace(config, steps=5)
