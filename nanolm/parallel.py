@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 3ab1c43a
+# The seal of all that stands in no cell: edf7aa55
 """`nanolm.parallel`, derived in the book, where each line has its reason:
 
 - book/09c-parallel.md: Several processes
@@ -8,6 +8,7 @@ with `python -m nanolm.tangle --update`.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-# %% book/09c-parallel.md, exported cell 1 (19f9e7ae)
+# %% book/09c-parallel.md, exported cell 1 (9996c1ec)
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 PATIENCE = timedelta(hours=2)  # for the main process, while it prepares the text
 
@@ -108,11 +109,11 @@ class Team:
 
     def lost(self, error: RuntimeError) -> Exception:
         """The error itself or, where it says that the others are gone, that in one line."""
-        words = str(error).strip().splitlines() or [""]
+        words = re.sub(r"^\[[^]]*\] *", "", str(error).strip()).splitlines() or [""]
         if self.size == 1 or not ("gloo" in str(error) or "NCCL" in str(error)):
             return error
         who = f"process {self.rank} of {self.size}"
-        return ConnectionError(f"{who} has lost another, which should say why: {words[0][:200]}")
+        return ConnectionError(f"{who} has lost another, which should say why: {words[0][:80]}")
 
     def leave(self) -> None:
         """Part as friends: after the last step, when nobody waits for anybody.

@@ -109,7 +109,7 @@ def test_the_same_step_however_it_is_shared_out(same):
         assert len(rows[name]) == len(rows["1x4"]) == 12 + 3
         for one, other in zip(rows["1x4"], rows[name], strict=True):
             for key in ("step", "loss", "lr", "grad_norm", "val_loss"):
-                assert one.get(key) == pytest.approx(other.get(key), rel=1e-4), (name, key)
+                assert one.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4), (name, key)
         assert same[1]["far"][name] < 1e-3 < 1e-2 < same[1]["moved"]
 
 
@@ -140,7 +140,7 @@ def stop(rank):
             signal.raise_signal(signal.SIGTERM)  # a terminal and torchrun may both say so
     loop.train_step = train_step
     train(model, replace(plan, name="stopped"), log=lambda line: print("log:", line))
-    print(f"rank {rank} left at", step_folders(home / "stopped")[-1].name)
+    print(f"rank {rank} left at {step_folders(home / 'stopped')[-1].name}\n", end="")
 
 assert together(2, stop)[0] == [0, 0]
 assert goes(2, "stopped") == [0, 0]
@@ -242,7 +242,7 @@ def test_torchrun_does_not_hang_when_one_is_killed(tmp_path):
     words = "--data fables:40 --vocab-size 300 --n-layer 1 --n-head 2 --n-kv-head 1 --d-model 16"
     words += " --d-ff 16 --max-seq-len 32 --steps 500 --warmup-steps 2 --batch-size 2 --device cpu"
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    run += ["--master-port", "0", "fragile.py", "train", *words.split()]
+    run += ["--standalone", "fragile.py", "train", *words.split()]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=150)
     assert done.returncode != 0
