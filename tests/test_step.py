@@ -118,6 +118,26 @@ def test_interrupted_and_resumed_bit_for_bit():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_sorted_gradient_is_the_gradient(compiled):
+    rows = torch.nn.Embedding(7, 5)
+    ids = torch.tensor([[0, 3, 3], [6, 0, 3]])
+    weigh = torch.randn(2, 3, 5)
+    (rows(ids) * weigh).sum().backward()
+    wanted, rows.weight.grad = rows.weight.grad, None
+    rows.__class__ = step_module.SortedEmbedding
+    forward = torch.compile(lambda x: (rows(x) * weigh).sum()) if compiled else None
+    loss = forward(ids) if forward else (rows(ids) * weigh).sum()
+    loss.backward()
+    torch.testing.assert_close(rows.weight.grad, wanted)
+
+
+def test_the_twin_sorts_where_that_is_asked_for():
+    ((model, optimizer), _) = pair()
+    kinds = [type(exact(model, optimizer, deterministic=d).twin.embedding) for d in (False, True)]
+    assert kinds == [torch.nn.Embedding, step_module.SortedEmbedding]
+
+
 def test_a_refused_batch_changes_nothing():
     ((model, optimizer), _) = pair()
     step = exact(model, optimizer, grad_accum=2)
