@@ -1,5 +1,6 @@
 """The training loop: nothing is lost, nothing disturbs it, and bad input costs one line."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ from nanolm.tokenizer import Tokenizer
 from nanolm.train import TrainConfig, load_checkpoint, load_run, metrics, step_folders, train
 
 loop = importlib.import_module("nanolm.train")  # `nanolm.train` itself is the function
+store = importlib.import_module("nanolm.checkpoint")
 MODEL = ModelConfig(
     vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=48, max_seq_len=32
 )
@@ -112,6 +114,14 @@ def test_a_run_cut_off_and_resumed_is_the_uninterrupted_run(config, whole, step)
         train(MODEL, config, log=crash_at(step))
     torch.manual_seed(99)  # a new process has another random state
     assert_same_run(train(MODEL, config, resume=True, log=quiet), whole)
+
+
+def test_compiled_too(config):
+    plan = replace(config, compile=True, steps=8, warmup_steps=2, checkpoint_every=3, eval_every=0)
+    run = train(MODEL, replace(plan, name="through"), log=quiet)
+    with pytest.raises(Crash):
+        train(MODEL, replace(plan, log_every=1), log=lambda line: crash_at(5)(f"step 0{line[5:]}"))
+    assert_same_run(train(MODEL, plan, resume=True, log=quiet), run)
 
 
 def test_the_test_above_crosses_epochs(config, prepared):
@@ -274,7 +284,8 @@ def test_log_lines_and_boxed_samples(config):
     train(MODEL, prompt, log=lines.append)
     steps = [line for line in lines if line.startswith("step ")]
     pattern = (
-        r"step \d\d/24  loss \d\.\d{3}  lr \d\.\de-\d  tok/s \d+(  val \d\.\d{3}  floor \d\.\d{3})?"
+        r"step \d\d/24  loss \d\.\d{3}  lr \d\.\de-\d  tok/s \d+  left 0:00:\d\d"
+        r"(  val \d\.\d{3}  floor \d\.\d{3})?"
     )
     assert all(re.fullmatch(pattern, line) for line in steps)
     assert [line[5:7] for line in steps if "val" in line] == ["08", "10", "16", "20", "24"]
@@ -311,7 +322,7 @@ def test_newest_and_best_are_kept(config, tmp_path):
     model = Transformer(MODEL)
     optimizer = torch.optim.AdamW(model.parameters())
     for step, val in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, None), (1_000_000, 2.2)]:
-        loop.save_checkpoint(tmp_path, model, optimizer, step=step, keep=2, val_loss=val)
+        store.save_checkpoint(tmp_path, model, optimizer, step=step, keep=2, val_loss=val)
     names = [folder.name for folder in step_folders(tmp_path)]
     assert names == ["step-000002", "step-000005", "step-1000000"]
     assert not list(tmp_path.glob(".step-*"))
@@ -376,13 +387,13 @@ def reseal(folder: Path, **changes) -> None:
     state = json.loads((folder / "state.json").read_text())
     del state["checksum"]
     state |= changes
-    state["checksum"] = loop.fingerprint(state)
+    state["checksum"] = store.fingerprint(state)
     (folder / "state.json").write_text(json.dumps(state))
 
 
 def test_a_file_that_is_no_safetensors(whole):
     folder = step_folders(whole)[-1]
-    bad = loop.write_file(folder / "model.safetensors", b"not tensors at all")
+    bad = store.write_file(folder / "model.safetensors", b"not tensors at all" * 10_000)
     good = json.loads((folder / "state.json").read_text())["sha256"]["optimizer.safetensors"]
     reseal(folder, sha256={"model.safetensors": bad, "optimizer.safetensors": good})
     with pytest.raises(ValueError, match="holds no tensors"):
@@ -390,7 +401,7 @@ def test_a_file_that_is_no_safetensors(whole):
 
 
 def test_full_disk_leaves_the_last_checkpoint_whole(config, monkeypatch):
-    write = loop.write_file
+    write = store.write_file
 
     def no_space(path: Path, content: bytes) -> str:
         if ".step-000016" in str(path) and path.name == "optimizer.safetensors":
@@ -398,14 +409,15 @@ def test_full_disk_leaves_the_last_checkpoint_whole(config, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         return write(path, content)
 
-    monkeypatch.setattr(loop, "write_file", no_space)
-    with pytest.raises(OSError, match="stopped at step 16: .*No space left.*--resume") as error:
+    monkeypatch.setattr(store, "write_file", no_space)
+    match = r"stopped at step (16|17|18|19): .*No space left.*\(step 8\).*--resume"
+    with pytest.raises(OSError, match=match) as error:
         train(MODEL, config, log=quiet)
     assert "\n" not in str(error.value)
     run = Path(config.runs_dir) / config.name
     assert not list(run.glob(".step-*"))
     assert load_checkpoint(run).step == 8
-    monkeypatch.setattr(loop, "write_file", write)
+    monkeypatch.setattr(store, "write_file", write)
     train(MODEL, config, resume=True, log=quiet)
     assert load_checkpoint(run).step == 24
 
@@ -415,7 +427,7 @@ def test_a_really_full_device(config, tmp_path):
     path = tmp_path / "full"
     path.with_name("full.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        loop.write_file(path, b"x")
+        store.write_file(path, b"x")
     assert not path.exists()
 
 
@@ -431,10 +443,10 @@ def test_an_interrupted_write_of_the_same_step_keeps_the_old_one(whole, monkeypa
 
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(OSError, match="Input/output"):
-        loop.save_checkpoint(whole, model, optimizer, step=24)
+        store.save_checkpoint(whole, model, optimizer, step=24)
     monkeypatch.undo()
     assert load_checkpoint(whole, optimizer=True, log=pytest.fail).step == 24
-    loop.save_checkpoint(whole, model, optimizer, step=24, fresh=True)
+    store.save_checkpoint(whole, model, optimizer, step=24, fresh=True)
     assert load_checkpoint(whole).state["fresh"] and not list(whole.glob(".step-*"))
 
 
@@ -442,7 +454,7 @@ def test_what_was_never_evaluated_is_not_the_best(config, tmp_path):
     model = Transformer(MODEL)
     optimizer = torch.optim.AdamW(model.parameters())
     for step, val in [(1, None), (2, float("nan")), (3, None), (4, None)]:
-        loop.save_checkpoint(tmp_path / "b", model, optimizer, step=step, keep=2, val_loss=val)
+        store.save_checkpoint(tmp_path / "b", model, optimizer, step=step, keep=2, val_loss=val)
     assert [folder.name[-1] for folder in step_folders(tmp_path / "b")] == ["3", "4"]
     run = train(MODEL, replace(config, eval_every=0, keep=1), log=quiet)
     assert [folder.name for folder in step_folders(run)] == ["step-000024"]
@@ -521,15 +533,15 @@ from nanolm.model import ModelConfig
 from nanolm.train import load_run, train
 run, resume, die_at = sys.argv[1], sys.argv[2] == "resume", sys.argv[3]
 model_config, config = load_run(run + "-plan")
-loop = importlib.import_module("nanolm.train")
-write = loop.write_file
+loop, store = map(importlib.import_module, ("nanolm.train", "nanolm.checkpoint"))
+write = store.write_file
 def write_file(path, content):
     if die_at in str(path):
         path.with_name(path.name + ".tmp").write_bytes(content[: len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
     return write(path, content)
 if die_at != "-":
-    loop.write_file = write_file
+    loop.write_file = store.write_file = write_file
 train(model_config, config, resume=resume, log=lambda line: print(line, flush=True))
 """
 
@@ -603,6 +615,25 @@ def test_second_ctrl_c_interrupts_at_once():
         assert caught == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_sigterm_at_once_is_an_echo_and_a_later_one_is_not(monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt), loop.caught_signals() as caught:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGTERM] * 2
+        now[0] += 2
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.skipif(not shutil.which("timeout"), reason="needs timeout")
+def test_a_run_under_timeout_is_saved(config):
+    run = plan(replace(config, steps=100_000, checkpoint_every=0, eval_every=0))
+    command = ["timeout", "20", sys.executable, "-c", SCRIPT, str(run), "new", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert "stopped and saved after step" in done.stdout, done.stderr
 
 
 def test_training_in_a_thread(config):
@@ -708,6 +739,66 @@ def test_changed_text_is_refused(config, whole, prepared, tmp_path):
         train(MODEL, moved, resume=True, log=quiet)
 
 
+def test_text_of_the_same_size_but_other_words_is_refused(config, whole, prepared, tmp_path):
+    """Its sums are others, though every count is the same."""
+    other = Path(shutil.copytree(prepared, tmp_path / "other"))
+    content = bytearray((other / "train-00000.bin").read_bytes())
+    content[:2], content[2:4] = content[2:4], content[:2]
+    assert content[:2] != content[2:4]
+    (other / "train-00000.bin").write_bytes(content)
+    about = json.loads((other / "train-00000.json").read_text())
+    about["sha256"] = hashlib.sha256(content).hexdigest()
+    (other / "train-00000.json").write_text(json.dumps(about))
+    path = whole / "config.json"
+    path.write_text(path.read_text().replace(str(prepared), str(other)))
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    moved = replace(config, name="whole", data=(str(other),))
+    with pytest.raises(ValueError, match="training text has changed"):
+        train(MODEL, moved, resume=True, log=quiet)
+    assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+
+
+def test_two_trainings_into_one_folder(config, whole):
+    """The second one is kept out while the first one is at work, and changes nothing."""
+    refused: list[str] = []
+
+    def busy(line: str) -> None:
+        if line.startswith("step 27/"):
+            with pytest.raises(ValueError, match="another process is training") as error:
+                train(MODEL, more, resume=True, log=quiet)
+            refused.append(str(error.value))
+
+    more = replace(config, name="whole", steps=30)
+    train(MODEL, more, resume=True, log=busy)
+    assert len(refused) == 1 and load_checkpoint(whole).step == 30
+
+
+def test_equal_bits_are_asked_of_pytorch_and_no_longer_than_wanted(config, monkeypatch):
+    import torch._inductor.config as inductor
+
+    seen = []
+    step = loop.train_step
+
+    def look(run):
+        fill = torch.utils.deterministic.fill_uninitialized_memory
+        seen.append((torch.are_deterministic_algorithms_enabled(), fill))
+        seen.append(getattr(inductor, "deterministic", True))
+        step(run)
+
+    monkeypatch.setattr(loop, "train_step", look)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    train(MODEL, replace(config, steps=5), log=quiet)
+    assert set(seen[::2]) == {(False, True)} and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    seen.clear()
+    train(MODEL, replace(config, steps=5, deterministic=True, name="b"), log=quiet)
+    assert set(seen[::2]) == {(True, False)} and set(seen[1::2]) == {True}
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert not getattr(inductor, "deterministic", False)
+
+
 def test_tokenizer_from_a_file_and_another_one(config, prepared, tmp_path):
     given = replace(config, tokenizer=str(prepared / "tokenizer.json"), steps=5)
     run = train(MODEL, replace(given, data=("fables:16",), val_fraction=0.3), log=quiet)
@@ -759,6 +850,17 @@ def test_prompt_longer_than_the_context_is_refused_at_the_start(config, tmp_path
     with pytest.raises(ValueError, match="prompt"):
         train(MODEL, replace(config, sample_prompt="fox " * 99), log=quiet)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("how", [{}, {"graph": False}, {"graph": False, "compile": True}])
+def test_equal_bits_on_a_gpu(config, how):
+    plan = replace(config, device="cuda", deterministic=True, **how)
+    run = train(MODEL, replace(plan, name="through"), log=quiet)
+    with pytest.raises(Crash):
+        train(MODEL, plan, log=crash_at(18))
+    torch.compiler.reset()
+    assert_same_run(train(MODEL, plan, resume=True, log=quiet), run)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
