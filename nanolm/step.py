@@ -38,7 +38,7 @@ def side_by_side(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, lis
     return row, views
 
 
-# %% book/09b-step.md, exported cell 2 (ede20090)
+# %% book/09b-step.md, exported cell 2 (8594f7d4)
 def clip_scale(grads: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     """The joint length of the gradients, and what to multiply them with so that it is in bounds."""
     norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
@@ -48,18 +48,21 @@ def clip_scale(grads: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
 
 def adamw_row(
     weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor, grad: Tensor, scale: Tensor,
-    hyper: Tensor, betas: tuple[float, float], eps: float, weight_decay: float,
+    hyper: Tensor, good: Tensor, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """One step of AdamW (Loshchilov and Hutter 2019) on a row of weights, and its copy `low`.
 
-    `hyper` holds the learning rate and, for step t, 1 - beta1 ** t and 1 - beta2 ** t.
+    `hyper` holds the learning rate and, for step t, 1 - beta1 ** t and 1 - beta2 ** t. Nothing
+    changes where `good`, a scalar, is False.
     """
     lr, first, second = hyper.unbind()
     g = grad.float() * scale
-    exp_avg.lerp_(g, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    update = exp_avg / first / ((exp_avg_sq / second).sqrt() + eps)
-    weight.copy_(weight * (1 - lr * weight_decay) - lr * update)
+    mean = exp_avg.lerp(g, 1 - betas[0])
+    square = (exp_avg_sq * betas[1]).addcmul(g, g, value=1 - betas[1])
+    update = mean / first / ((square / second).sqrt() + eps)
+    moved = weight * (1 - lr * weight_decay) - lr * update
+    for old, new in ((exp_avg, mean), (exp_avg_sq, square), (weight, moved)):
+        old.copy_(torch.where(good, new, old))
     low.copy_(weight)
 
 
@@ -167,20 +170,21 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 6 (913e27db)
+# %% book/09b-step.md, exported cell 6 (04c44cb3)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
     Computes with a twin of the model in `dtype`; weights and moments stay float32. The model and
     the optimizer remain what they are, with new storage: read and save them as before, but do not
     put other tensors in their place. A step takes `grad_accum` micro-batches, always of one shape;
-    the learning rate is that of the optimizer's groups. `grad_clip` 0 is no limit. On a CPU nothing
-    is recorded.
+    the learning rate is that of the optimizer's groups. `grad_clip` 0 is no limit. A step whose loss
+    or gradient is not finite changes no weight and no moment; with `latch` no step after it does
+    either. On a CPU nothing is recorded.
     """
 
     def __init__(
         self, model: Transformer, optimizer: AdamW, *, grad_accum: int = 1, grad_clip: float = 1.0,
-        dtype: torch.dtype = torch.bfloat16, compiled: bool = True,
+        dtype: torch.dtype = torch.bfloat16, compiled: bool = True, latch: bool = False,
     ) -> None:  # fmt: skip
         if not isinstance(optimizer, AdamW) or grad_accum < 1 or not grad_clip >= 0:
             given = f"{type(optimizer).__name__}, {grad_accum} and {grad_clip}"
@@ -192,7 +196,8 @@ class GraphedStep:
         self.rows, self.params, self.places = adopt(optimizer, twins, dtype)
         self.held = [p for rows in self.rows for p in rows.group["params"]]
         self.addresses = [p.data_ptr() for p in self.held]
-        self.device = self.params[0].device
+        self.device, self.latch = self.params[0].device, latch
+        self.good = torch.ones((), dtype=torch.bool, device=self.device)
         wrap: Callable = torch.compile if compiled else lambda function: function
         self.loss_of, self.clip_scale, self.adamw_row = map(
             wrap, (self.twin.loss, clip_scale, adamw_row)
@@ -211,14 +216,17 @@ class GraphedStep:
                 torch._foreach_add_(self.places, [grad.float() for grad in grads])
             else:
                 torch._foreach_copy_(self.places, grads)
-        return torch.stack(losses).sum(), self.update()
+        mean = torch.stack(losses).sum()
+        return mean, self.update(mean)
 
-    def update(self) -> Tensor:
+    def update(self, loss: Tensor) -> Tensor:
         """Clip, update every row and its low copy; the norm of the gradient before."""
         norm, scale = self.clip_scale([rows.grad for rows in self.rows], self.limit)
+        good = (loss + norm).isfinite()
+        self.good.copy_(good & self.good if self.latch else good)
         for rows in self.rows:
             options = {name: rows.group[name] for name in ("betas", "eps", "weight_decay")}
-            self.adamw_row(*rows[:5], scale, rows.hyper, **options)
+            self.adamw_row(*rows[:5], scale, rows.hyper, self.good, **options)
         return norm
 
     def prepare(self) -> None:
@@ -254,10 +262,11 @@ class GraphedStep:
         names = ("betas", "eps", "weight_decay")
         options = str([rows.group[name] for rows in self.rows for name in names])
         if options not in self.replays:
-            kept = [[x.clone() for x in rows[:4]] for rows in self.rows]
+            kept, good = [[x.clone() for x in rows[:4]] for rows in self.rows], self.good.clone()
             try:
                 self.replays[options] = (None, *record(self.work))
             finally:
+                self.good.copy_(good)
                 for rows, old in zip(self.rows, kept, strict=True):
                     torch._foreach_copy_(list(rows[:4]), old)
         _, graph, (loss, norm) = self.replays[options]

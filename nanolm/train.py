@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 
-# %% book/09-train.md, exported cell 1 (c4d09f87)
+# %% book/09-train.md, exported cell 1 (1389bf30)
 Log = Callable[[str], Any]
 
 
@@ -80,6 +80,7 @@ class TrainConfig:
     beta1: float = _option(0.9, "memory of the mean gradient (fraction)", 0, 1)
     beta2: float = _option(0.95, "memory of the mean square gradient (fraction)", 0, 1)
     grad_clip: float = _option(1.0, "largest global gradient norm (0: no limit)", 0)
+    on_nan: str = _option("stop", "at a loss or gradient that is not finite: stop, or skip the step")
     eval_every: int = _option(200, "validate every so often (steps; 0: never)", 0)
     eval_batches: int = _option(16, "fixed batches to validate on (count)", 1)
     sample_every: int = _option(1000, "show a sample every so often (steps; 0: never)", 0)
@@ -117,6 +118,8 @@ class TrainConfig:
             raise ValueError(f"name must be a plain folder name, not {self.name!r}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype must be auto, float32 or bfloat16, not {self.dtype!r}")
+        if self.on_nan not in ("stop", "skip"):
+            raise ValueError(f"on_nan must be stop or skip, not {self.on_nan!r}")
         if not self.data or not all(isinstance(part, str) for part in self.data + self.val_data):
             raise ValueError("data must name at least one source of text, by words")
 
@@ -467,7 +470,7 @@ def append_metrics(run: Path, *rows: dict[str, Any]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# %% book/09-train.md, exported cell 18 (7ab78374)
+# %% book/09-train.md, exported cell 18 (e2e3eba9)
 @dataclass
 class Run:
     """All that a training run holds between two steps."""
@@ -482,13 +485,17 @@ class Run:
     loss_of: LossFunction
     graphed: Any = None  # a GraphedStep, where there is one
     step: int = 0
+    skipped: int = 0  # steps in a row whose loss or gradient was not finite
     pending: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
     clock: float = field(default_factory=time.perf_counter)
 
 
-# %% book/09-train.md, exported cell 19 (c0e87309)
+# %% book/09-train.md, exported cell 19 (acaa7e83)
 def train_step(run: Run) -> None:
-    """One optimizer step. Nothing here waits for the device: loss and norm stay tensors."""
+    """One optimizer step, which a loss or gradient that is not finite does not take.
+
+    The recorded step does not wait for the device: loss and norm stay tensors.
+    """
     c, device = run.config, next(run.model.parameters()).device
     schedule: Any = dict(peak=c.lr, warmup=c.warmup_steps, total=c.steps, floor=c.min_lr_ratio)
     lr = warmup_cosine(run.step, **schedule)
@@ -496,18 +503,22 @@ def train_step(run: Run) -> None:
         group["lr"] = lr
     first = run.step * c.grad_accum  # the data cursor
     micro = (to_device(run.batches.batch(first + i), device) for i in range(c.grad_accum))
+    good = True  # the recorded step sees to it by itself
     if run.graphed is not None:
         loss, norm = run.graphed(micro)
     else:
         run.optimizer.zero_grad(set_to_none=True)
         loss = accumulate(run.loss_of, micro, c.grad_accum)
         norm = clip_grad_norm(run.model.parameters(), c.grad_clip or float("inf"))
-        run.optimizer.step()
+        if good := bool((loss + norm).isfinite()):
+            run.optimizer.step()
     run.step += 1
     run.pending.append((loss, norm, lr))
+    if not good and c.on_nan == "stop":
+        collect(run)  # which raises
 
 
-# %% book/09-train.md, exported cell 20 (61f0529b)
+# %% book/09-train.md, exported cell 20 (d8c3c101)
 def resume_command(config: TrainConfig) -> str:
     """What to type to go on with a run."""
     where = "" if config.runs_dir == "runs" else f" --runs-dir {shlex.quote(config.runs_dir)}"
@@ -522,12 +533,21 @@ def go_on(run: Run) -> str:
 
 
 def diverged(run: Run, what: str, step: int) -> ValueError:
-    """The error for a number that is no longer one; the weights are as lost as it is."""
+    """The error for a number that is no longer one, with where the detective says that it began."""
+    from nanolm.debug import investigate  # which is derived after this chapter
+
     lower = f"a lower --lr: {resume_command(run.config)} --lr {run.config.lr / 3:.0e}"
-    return ValueError(f"the {what} is not finite at step {step}: {go_on(run)} {lower}")
+    try:
+        found = investigate(run, what, step)
+    except Exception as error:  # the search must not hide what was found already
+        found = f"its cause was not found: {error}"
+    return ValueError(f"the {what} is not finite at step {step}: {found}; {go_on(run)} {lower}")
 
 
-# %% book/09-train.md, exported cell 21 (ae56323b)
+# %% book/09-train.md, exported cell 21 (9f11d347)
+PATIENCE = 10  # steps that may be skipped in a row
+
+
 def collect(run: Run) -> str:
     """Fetch the losses since the last call, append them to the metrics, return the log line."""
     c, count = run.config, len(run.pending)
@@ -539,15 +559,21 @@ def collect(run: Run) -> str:
     try:
         for i, (_, _, lr) in enumerate(run.pending):
             row = {"step": run.step - count + 1 + i, "loss": losses[i], "lr": lr}
-            for what, value in (("loss", losses[i]), ("gradient", norms[i])):
-                if not math.isfinite(value):
-                    raise diverged(run, what, row["step"])
-            rows.append(row | {"grad_norm": norms[i], "tokens_per_second": speed})
+            named = (("loss", losses[i]), ("gradient", norms[i]))
+            bad = next((what for what, value in named if not math.isfinite(value)), "")
+            run.skipped = run.skipped + 1 if bad else 0
+            if bad and (c.on_nan == "stop" or run.skipped == PATIENCE):
+                raise diverged(run, bad, row["step"])
+            facts = {"grad_norm": norms[i], "tokens_per_second": speed}
+            rows.append({"step": row["step"], "skipped": bad} if bad else row | facts)
     finally:
         append_metrics(run.folder, *rows)
     run.pending.clear()
+    good = [row["loss"] for row in rows if "loss" in row]
+    mean, skipped = sum(good) / max(len(good), 1), count - len(good)
     step, rate = f"{run.step:0{len(str(c.steps))}}", f"{lr:.1e}".replace("e-0", "e-")
-    return f"step {step}/{c.steps}  loss {sum(losses) / count:.3f}  lr {rate}  tok/s {speed}"
+    line = f"step {step}/{c.steps}  loss {mean:.3f}  lr {rate}  tok/s {speed}"
+    return line + (f"  skipped {skipped}" if skipped else "")
 
 
 # %% book/09-train.md, exported cell 22 (6123542d)
@@ -637,7 +663,7 @@ def restore(run: Run, log: Log) -> None:
         log(f"{run.folder} is already finished: it has done its {run.step} steps")
 
 
-# %% book/09-train.md, exported cell 27 (56139e04)
+# %% book/09-train.md, exported cell 27 (ddfab014)
 def open_run(
     model_config: ModelConfig, config: TrainConfig, *, resume: bool, log: Log, progress: bool
 ) -> Run:
@@ -667,6 +693,7 @@ def open_run(
         from nanolm.step import GraphedStep  # which is derived after this chapter
 
         limits: Any = {"grad_accum": config.grad_accum, "grad_clip": config.grad_clip}
+        limits["latch"] = config.on_nan == "stop"
         run.graphed = GraphedStep(model, optimizer, **limits)
         run.loss_of = run.graphed.loss
     folder.mkdir(parents=True, exist_ok=True)
