@@ -216,10 +216,13 @@ def plot_ranges(report: Report, axes: Any) -> None:
     for where, what in chosen:
         past = {step: r for step, r in report.history(where, what).items() if 0 < r.peak < math.inf}
         width, label = (2.5 if (where, what) == first else 1), f"{what} of {where}"
-        axes.plot(list(past), [r.peak for r in past.values()], linewidth=width, label=label)
+        if past:
+            axes.plot(list(past), [r.peak for r in past.values()], linewidth=width, label=label)
+    if axes.lines:
+        axes.set(yscale="log")
+        axes.legend(fontsize="small")
     axes.axvline(report.step, color="red", linestyle=":")
-    axes.set(xlabel="step", ylabel="largest magnitude", yscale="log")
-    axes.legend(fontsize="small")
+    axes.set(xlabel="step", ylabel="largest magnitude")
 
 from dataclasses import replace
 
