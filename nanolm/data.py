@@ -802,7 +802,7 @@ def prepare(
     return out
 
 
-# %% book/02-data.md, exported cell 23 (a4d9c236)
+# %% book/02-data.md, exported cell 23 (35f04529)
 def read_descriptions(folder: Path, split: str) -> list[dict[str, Any]]:
     """What the JSON files beside the shards of a split say; ValueError unless it makes sense."""
     paths = sorted(folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].json"))
@@ -820,7 +820,7 @@ def read_descriptions(folder: Path, split: str) -> list[dict[str, Any]]:
         sound = sound and isinstance(first["floor"], float | None)
         sound = sound and all(s["tokens"] > 0 <= s["documents"] for s in found)
         sound = sound and all(isinstance(s["sha256"], str) for s in found)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(f"{folder}: shards of split {split!r} are incomplete; prepare them again")

@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 5650925d
+# The seal of all that stands in no cell: 1c72fc6d
 """`nanolm.step`, derived in the book, where each line has its reason:
 
 - book/09b-step.md: A step without waiting
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanolm.model import Attention, SwiGLU, Transformer, apply_rotary, attention
@@ -115,7 +115,42 @@ def adopt(
     return found, low_params, places
 
 
-# %% book/09b-step.md, exported cell 4 (e5847950)
+# %% book/09b-step.md, exported cell 4 (0ab19d1f)
+@torch.library.custom_op("nanolm::embedding_gradient", mutates_args=())
+def embedding_gradient(grad: Tensor, ids: Tensor, size: int) -> Tensor:
+    """Sums (size, C) of the rows of grad (B, T, C) whose ids (B, T) are equal, in their order."""
+    return torch.ops.aten.embedding_dense_backward(grad, ids, size, -1, False)
+
+
+@embedding_gradient.register_fake
+def embedding_gradient_shape(grad: Tensor, ids: Tensor, size: int) -> Tensor:
+    """What a compiler is told of it."""
+    return grad.new_empty(size, grad.size(-1))
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a weight (V, C) by ids (B, T)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.size = len(weight)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        return embedding_gradient(grad, ids, ctx.size), None
+
+
+class SortedEmbedding(nn.Embedding):
+    """`nn.Embedding` whose gradient has the same bits every time, compiled as well."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return Lookup.apply(self.weight, ids)
+
+
+# %% book/09b-step.md, exported cell 5 (1d430ec7)
 def one_product(x: Tensor, *layers: torch.nn.Linear) -> tuple[Tensor, ...]:
     """layer(x) for each of the layers, which have no biases, by one product of matrices."""
     weight = torch.cat([layer.weight for layer in layers])
@@ -146,12 +181,13 @@ class MergedSwiGLU(SwiGLU):
 def twin_of(model: Transformer, dtype: torch.dtype) -> Transformer:
     """A copy of a model in another type, that computes with fewer and larger products."""
     twin = copy.deepcopy(model).to(dtype)
+    twin.embedding.__class__ = SortedEmbedding
     for block in twin.blocks:
         block.attn.__class__, block.mlp.__class__ = MergedAttention, MergedSwiGLU
     return twin
 
 
-# %% book/09b-step.md, exported cell 5 (e299b437)
+# %% book/09b-step.md, exported cell 6 (e299b437)
 def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     """A CUDA graph of what a function launches, and what it returned: tensors that replays fill.
 
@@ -170,27 +206,30 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 6 (04c44cb3)
+# %% book/09b-step.md, exported cell 7 (16dd28a0)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
     Computes with a twin of the model in `dtype`; weights and moments stay float32. The model and
     the optimizer remain what they are, with new storage: read and save them as before, but do not
     put other tensors in their place. A step takes `grad_accum` micro-batches, always of one shape;
-    the learning rate is that of the optimizer's groups. `grad_clip` 0 is no limit. A step whose loss
+    the learning rate is that of the optimizer's groups. `grad_clip` 0 is no limit. `reduce` is
+    given the gradients before they are clipped: several processes average them. A step whose loss
     or gradient is not finite changes no weight and no moment; with `latch` no step after it does
     either. On a CPU nothing is recorded.
     """
 
     def __init__(
         self, model: Transformer, optimizer: AdamW, *, grad_accum: int = 1, grad_clip: float = 1.0,
-        dtype: torch.dtype = torch.bfloat16, compiled: bool = True, latch: bool = False,
+        dtype: torch.dtype = torch.bfloat16, compiled: bool = True,
+        reduce: Callable[[list[Tensor]], None] | None = None, latch: bool = False,
     ) -> None:  # fmt: skip
         if not isinstance(optimizer, AdamW) or grad_accum < 1 or not grad_clip >= 0:
             given = f"{type(optimizer).__name__}, {grad_accum} and {grad_clip}"
             need = "nanolm's AdamW, grad_accum of 1 or more and grad_clip of 0 or more"
             raise ValueError(f"a step needs {need}, not {given}")
         self.optimizer, self.count, self.limit = optimizer, grad_accum, grad_clip or float("inf")
+        self.reduce = reduce
         self.twin = twin_of(model, dtype)
         twins: Any = dict(zip(model.parameters(), self.twin.parameters(), strict=True))
         self.rows, self.params, self.places = adopt(optimizer, twins, dtype)
@@ -221,8 +260,10 @@ class GraphedStep:
 
     def update(self, loss: Tensor) -> Tensor:
         """Clip, update every row and its low copy; the norm of the gradient before."""
+        if self.reduce is not None:
+            self.reduce([rows.grad for rows in self.rows])
         norm, scale = self.clip_scale([rows.grad for rows in self.rows], self.limit)
-        good = (loss + norm).isfinite()
+        good = (loss + norm if self.reduce is None else norm).isfinite()  # the same for all
         self.good.copy_(good & self.good if self.latch else good)
         for rows in self.rows:
             options = {name: rows.group[name] for name in ("betas", "eps", "weight_decay")}

@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 60a175e1
+# The seal of all that stands in no cell: f03c70c4
 """`nanolm.train`, derived in the book, where each line has its reason:
 
 - book/09-train.md: The training loop
@@ -8,31 +8,44 @@ with `python -m nanolm.tangle --update`.
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from tqdm import tqdm
 
-from nanolm.data import Batches, TokenData, prepare, read_documents
-from nanolm.model import ModelConfig, Transformer
+from nanolm.checkpoint import Checkpoint as Checkpoint
+from nanolm.checkpoint import (
+    Saver,
+    fingerprint,
+    load_checkpoint,
+    locked,
+    read_configs,
+    read_json,
+    restore_random,
+    step_folders,
+    unpack_optimizer,
+    write_file,
+)
+from nanolm.checkpoint import pick_device as pick_device
+from nanolm.checkpoint import save_checkpoint as save_checkpoint
+from nanolm.data import Batches, TokenData, prepare, read_descriptions, read_documents
+from nanolm.logs import Diary, metrics, mfu, peak_flops, span
+from nanolm.model import ModelConfig, Transformer, flops_per_token
 from nanolm.optim import AdamW, clip_grad_norm, decay_groups, warmup_cosine
+from nanolm.parallel import Team, join_team
 from nanolm.sample import SampleConfig, boxed, stream
 from nanolm.tokenizer import Tokenizer
 
@@ -40,15 +53,11 @@ __all__ = [
     "TrainConfig",
     "train",
     "evaluate",
-    "Checkpoint",
-    "save_checkpoint",
-    "load_checkpoint",
     "load_run",
-    "metrics",
 ]
 
 
-# %% book/09-train.md, exported cell 1 (1389bf30)
+# %% book/09-train.md, exported cell 1 (7d05b6a8)
 Log = Callable[[str], Any]
 
 
@@ -80,7 +89,7 @@ class TrainConfig:
     beta1: float = _option(0.9, "memory of the mean gradient (fraction)", 0, 1)
     beta2: float = _option(0.95, "memory of the mean square gradient (fraction)", 0, 1)
     grad_clip: float = _option(1.0, "largest global gradient norm (0: no limit)", 0)
-    on_nan: str = _option("stop", "at a loss or gradient that is not finite: stop, or skip the step")
+    on_nan: str = _option("stop", "at a loss or gradient that is not finite: stop or skip the step")
     eval_every: int = _option(200, "validate every so often (steps; 0: never)", 0)
     eval_batches: int = _option(16, "fixed batches to validate on (count)", 1)
     sample_every: int = _option(1000, "show a sample every so often (steps; 0: never)", 0)
@@ -93,6 +102,9 @@ class TrainConfig:
     dtype: str = _option("auto", "auto, float32 or bfloat16 (auto: bfloat16 on cuda)")
     compile: bool = _option(False, "compile the loss with torch.compile")
     graph: bool = _option(True, "on cuda in bfloat16, compile the step and record it as a graph")
+    deterministic: bool = _option(False, "on cuda too, give equal runs equal bits (slower)")
+    tensorboard: bool = _option(False, "tell TensorBoard too, in the run's folder")
+    wandb: str = _option("", "tell Weights & Biases too, in this project (none: do not)")
 
     def __post_init__(self) -> None:
         for name in ("data", "val_data"):
@@ -140,7 +152,7 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# %% book/09-train.md, exported cell 3 (08e56fc5)
+# %% book/09-train.md, exported cell 3 (86162bd2)
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -152,28 +164,30 @@ def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tenso
     return batch[0].to(device), batch[1].to(device)
 
 
-def accumulate(loss_of: LossFunction, micro: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
+def accumulate(
+    loss_of: LossFunction,
+    micro: Iterable[tuple[Tensor, Tensor]],
+    count: int,
+    before_last: Callable[[], AbstractContextManager] = nullcontext,
+) -> Tensor:
     """Add the gradient of the mean loss over `count` equal micro-batches to `.grad`.
 
-    Returns that mean loss (nats a token), a scalar that stays on the device.
+    Returns that mean loss (nats a token), a scalar that stays on the device. All micro-batches
+    but the last run inside a `before_last()`: several processes send nothing there.
     """
     losses = []
-    for inputs, targets in micro:
-        loss = loss_of(inputs, targets) / count
-        loss.backward()
+    for i, (inputs, targets) in enumerate(micro, start=1):
+        with before_last() if i < count else nullcontext():
+            loss = loss_of(inputs, targets) / count
+            loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum()
 
 
-# %% book/09-train.md, exported cell 4 (81f4b617)
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a CUDA card if there is one. ValueError if unusable."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(f"device {name!r} is not usable on this machine: try cpu") from None
+# %% book/09-train.md, exported cell 4 (37ef1454)
+def is_low(config: TrainConfig, device: torch.device) -> bool:
+    """Whether products are computed in bfloat16."""
+    return config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
 
 
 def loss_function(model: Transformer, device: torch.device, config: TrainConfig) -> LossFunction:
@@ -181,7 +195,7 @@ def loss_function(model: Transformer, device: torch.device, config: TrainConfig)
 
     The function is compiled, not the module, whose parameters so keep their names.
     """
-    low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    low = is_low(config, device)
     loss = torch.compile(model.loss) if config.compile else model.loss
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -191,15 +205,26 @@ def loss_function(model: Transformer, device: torch.device, config: TrainConfig)
     return loss_of
 
 
-# %% book/09-train.md, exported cell 5 (a55210c3)
+# %% book/09-train.md, exported cell 5 (e691e15d)
 @torch.no_grad()
 def evaluate(
-    model: Transformer, batches: Batches, n: int, *, loss_of: LossFunction | None = None
+    model: Transformer,
+    batches: Batches,
+    n: int,
+    *,
+    loss_of: LossFunction | None = None,
+    team: Team | None = None,
 ) -> float:
-    """Mean loss (nats a token) over batches 0 to n-1: the same ones whenever it is asked."""
-    device = next(model.parameters()).device
-    losses = [(loss_of or model.loss)(*to_device(batches.batch(i), device)) for i in range(n)]
-    return torch.stack(losses).mean().item()
+    """Mean loss (nats a token) over batches 0 to n-1: the same ones whenever it is asked.
+
+    The processes of a `team` share them out.
+    """
+    device, team = next(model.parameters()).device, team or Team()
+    losses = torch.zeros(n, device=device)
+    for i in range(team.rank, n, team.size):
+        losses[i] = (loss_of or model.loss)(*to_device(batches.batch(i), device))
+    team.mean([losses])  # of one that has been computed and others that are zero
+    return losses.mean().item() * team.size
 
 
 # %% book/09-train.md, exported cell 6 (e151310b)
@@ -215,11 +240,14 @@ def prepare_data(config: TrainConfig, vocab_size: int, folder: Path, progress: b
     prepare(config.data, folder, tokenizer, progress=progress, **options)
 
 
-# %% book/09-train.md, exported cell 7 (7285c3af)
+# %% book/09-train.md, exported cell 7 (d95b1bdf)
 def open_data(
     config: TrainConfig, vocab_size: int, run: Path, *, resume: bool = False, progress: bool = False
-) -> tuple[Tokenizer, TokenData, TokenData]:
-    """The tokenizer, training and validation tokens; text is first prepared into run/data."""
+) -> tuple[Tokenizer, TokenData, TokenData, str]:
+    """The tokenizer, training and validation tokens; text is first prepared into run/data.
+
+    And a fingerprint of the training text as it was prepared, its checksums included.
+    """
     folder = Path(config.data[0])
     if len(config.data) > 1 or not (folder / "tokenizer.json").is_file():
         folder = run / "data"
@@ -232,7 +260,7 @@ def open_data(
         prints.add(Tokenizer.load(config.tokenizer).fingerprint)
     if prints != {tokenizer.fingerprint}:
         raise ValueError(f"{folder} was made with another tokenizer: prepare the text again")
-    return tokenizer, *data
+    return tokenizer, *data, fingerprint(read_descriptions(folder, "train"))
 
 
 # %% book/09-train.md, exported cell 8 (c2d07119)
@@ -246,231 +274,14 @@ def fit_vocabulary(config: ModelConfig, tokenizer: Tokenizer, log: Log = print) 
     return replace(config, vocab_size=size)
 
 
-# %% book/09-train.md, exported cell 9 (6b94445a)
-def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, so that a rename outlives a power cut."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_file(path: Path, content: bytes) -> str:
-    """Write to a temporary name, flush to the disk, rename, flush that. Returns the sha256."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-    return hashlib.sha256(content).hexdigest()
-
-
-def fingerprint(value: Any) -> str:
-    """sha256 (hex) of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-# %% book/09-train.md, exported cell 10 (2f0ed2fd)
-def pack_optimizer(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors by name: `blocks.0.attn.q_proj.weight/exp_avg` and so on."""
-    named = [(name, optimizer.state.get(weight, {})) for name, weight in model.named_parameters()]
-    return {f"{name}/{key}": value for name, state in named for key, value in state.items()}
-
-
-def unpack_optimizer(model: Transformer, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give an optimizer back what `pack_optimizer` took; the 0-D counters stay on the CPU."""
-    weights = dict(model.named_parameters())
-    for label, value in tensors.items():
-        name, key = label.rsplit("/", 1)
-        place = weights[name].device if value.dim() else "cpu"
-        optimizer.state[weights[name]][key] = value.to(place)
-
-
-# %% book/09-train.md, exported cell 11 (20f7af50)
-WEIGHTS_FILE = "model.safetensors"
-MOMENTS_FILE = "optimizer.safetensors"
-STATE_FILE = "state.json"
-
-
-def save_checkpoint(
-    run: Path, model: Transformer, optimizer: Optimizer, *, step: int, keep: int = 3, **facts: Any
-) -> Path:
-    """Write run/step-000500/ so that it appears whole or not at all, then drop old ones.
-
-    `facts` go into state.json; `val_loss` among them decides which checkpoint is the best.
-    Raises OSError, leaving the checkpoints there as they were, when the disk is full.
-    """
-    folder, temporary = run / f"step-{step:06d}", run / f".step-{step:06d}"
-    old, sums = run / f".step-{step:06d}.old", {}
-    for stray in run.glob(".step-*"):  # what a killed run may have left
-        shutil.rmtree(stray)
-    try:
-        temporary.mkdir(parents=True)
-        parts = {WEIGHTS_FILE: model.state_dict(), MOMENTS_FILE: pack_optimizer(model, optimizer)}
-        for name, part in parts.items():
-            plain = {key: value.detach().cpu().contiguous() for key, value in part.items()}
-            sums[name] = write_file(temporary / name, safetensors.torch.save(plain))
-        rng = torch.get_rng_state().numpy().tobytes().hex()
-        state = {"step": step, **facts, "sha256": sums, "rng": rng}
-        text = json.dumps(state | {"checksum": fingerprint(state)}, indent=1)
-        write_file(temporary / STATE_FILE, text.encode())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        sync_folder(run)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        for stray in (temporary, old):
-            shutil.rmtree(stray, ignore_errors=True)
-    drop_checkpoints(run, keep)
-    return folder
-
-
-# %% book/09-train.md, exported cell 12 (2d972579)
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, its own checksum tested. ValueError when damaged."""
-    try:
-        state = json.loads((folder / STATE_FILE).read_bytes())
-        checksum, files = state.pop("checksum"), set(state["sha256"])
-        if checksum == fingerprint(state) and files == {WEIGHTS_FILE, MOMENTS_FILE}:
-            return state
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise ValueError(f"{folder / STATE_FILE} is damaged")
-
-
-def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. ValueError when it is not the file that was written."""
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{path} is damaged: its checksum is not the one in {STATE_FILE}")
-    try:
-        return safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} holds no tensors: {error}") from None
-
-
-# %% book/09-train.md, exported cell 13 (d657e4c6)
-def step_folders(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [path for path in run.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def drop_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` and the one with the lowest val_loss, if any has one."""
-
-    def val_loss(folder: Path) -> float:
-        try:
-            return float(read_state(folder)["val_loss"])
-        except (OSError, ValueError, KeyError, TypeError):  # damaged, or never evaluated
-            return float("inf")
-
-    folders = step_folders(run)
-    evaluated = [folder for folder in folders if val_loss(folder) < float("inf")]  # so is no NaN
-    best = min(evaluated, key=val_loss, default=None)
-    for folder in folders[:-keep]:
-        if folder != best:
-            shutil.rmtree(folder)
-
-
-# %% book/09-train.md, exported cell 14 (3f329347)
+# %% book/09-train.md, exported cell 9 (90f92840)
 def load_run(run: str | Path) -> tuple[ModelConfig, TrainConfig]:
     """The two configs of a run's config.json. FileNotFoundError or ValueError, in one line."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no run at {run}: there is no {path}")
-    try:
-        config = json.loads(path.read_bytes())
-        return ModelConfig(**config["model"]), TrainConfig(**config["train"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the config of a run: {error}") from None
+    model, config = read_configs(run, model=ModelConfig, train=TrainConfig)
+    return model, config
 
 
-# %% book/09-train.md, exported cell 15 (7058037e)
-@dataclass
-class Checkpoint:
-    """A model read from the disk, with what is needed to use it or to train it further."""
-
-    model: Transformer
-    tokenizer: Tokenizer
-    step: int
-    folder: Path
-    state: dict[str, Any]
-    optimizer: dict[str, Tensor]  # empty unless asked for
-
-
-def read_checkpoint(
-    folder: Path, config: ModelConfig, tokenizer: Tokenizer, optimizer: bool
-) -> Checkpoint:
-    """Read one step folder; ValueError, in one line, if it is damaged or of another shape."""
-    state, model = read_state(folder), Transformer(config)
-    weights = read_tensors(folder / WEIGHTS_FILE, state["sha256"][WEIGHTS_FILE])
-    for name, weight in model.state_dict().items():
-        there = tuple(weights[name].shape) if name in weights else "missing"
-        if there != tuple(weight.shape):
-            wanted = tuple(weight.shape)
-            raise ValueError(f"{folder}: {name} is {there}, but config.json makes it {wanted}")
-    model.load_state_dict(weights, strict=False)
-    moments = {}
-    if optimizer:
-        moments = read_tensors(folder / MOMENTS_FILE, state["sha256"][MOMENTS_FILE])
-    return Checkpoint(model, tokenizer, state["step"], folder, state, moments)
-
-
-# %% book/09-train.md, exported cell 16 (f9406d2d)
-def load_checkpoint(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    *,
-    optimizer: bool = False,
-    log: Log = print,
-) -> Checkpoint:
-    """Read a run's newest good checkpoint, or the one in a step folder.
-
-    A damaged one is refused; in a run, the one before it is then used and `log` is told.
-    The optimizer's tensors, which only training needs, are read if `optimizer` asks for them.
-    Raises FileNotFoundError where there is none, ValueError where none is good.
-    """
-    path, place = Path(path), pick_device(str(device))
-    folders = [path] if (path / STATE_FILE).exists() else step_folders(path)[::-1]
-    if not folders:
-        raise FileNotFoundError(f"no checkpoint in {path}: is that the folder of a run?")
-    run = folders[0].resolve().parent
-    config, tokenizer = load_run(run)[0], Tokenizer.load(run / "tokenizer.json")
-    while True:
-        try:
-            checkpoint = read_checkpoint(folders.pop(0), config, tokenizer, optimizer)
-            checkpoint.model.to(place)
-            return checkpoint
-        except (OSError, ValueError) as error:
-            if not folders:
-                raise
-            log(f"{error}; using the checkpoint before it")
-
-
-# %% book/09-train.md, exported cell 17 (26090dc1)
-def metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl: one a step, and one an evaluation."""
-    path, rows = Path(run) / "metrics.jsonl", []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):  # a damaged line is skipped
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
-
-
-def append_metrics(run: Path, *rows: dict[str, Any]) -> None:
-    """Add lines to a run's metrics.jsonl."""
-    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-
-
-# %% book/09-train.md, exported cell 18 (e2e3eba9)
+# %% book/09-train.md, exported cell 10 (db5cb2b9)
 @dataclass
 class Run:
     """All that a training run holds between two steps."""
@@ -482,35 +293,45 @@ class Run:
     optimizer: AdamW
     batches: Batches
     val_batches: Batches
+    text: str  # the training text's fingerprint
+    team: Team
+    saver: Saver
+    diary: Diary
     loss_of: LossFunction
+    shared_loss: LossFunction  # whose gradients are the team's
+    before_last: Callable[[], AbstractContextManager] = nullcontext
     graphed: Any = None  # a GraphedStep, where there is one
+    peak: float | None = None  # operations a second, of all cards together
     step: int = 0
     skipped: int = 0  # steps in a row whose loss or gradient was not finite
     pending: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
     clock: float = field(default_factory=time.perf_counter)
+    pace: tuple[int, float] | None = None  # a step, and when it was done
 
 
-# %% book/09-train.md, exported cell 19 (acaa7e83)
+# %% book/09-train.md, exported cell 11 (a09181c7)
 def train_step(run: Run) -> None:
     """One optimizer step, which a loss or gradient that is not finite does not take.
 
-    The recorded step does not wait for the device: loss and norm stay tensors.
+    The recorded step waits for nothing: loss and norm stay tensors.
     """
-    c, device = run.config, next(run.model.parameters()).device
+    c, team = run.config, run.team
     schedule: Any = dict(peak=c.lr, warmup=c.warmup_steps, total=c.steps, floor=c.min_lr_ratio)
     lr = warmup_cosine(run.step, **schedule)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    first = run.step * c.grad_accum  # the data cursor
-    micro = (to_device(run.batches.batch(first + i), device) for i in range(c.grad_accum))
+    first = run.step * c.grad_accum * team.size  # the data cursor
+    mine = range(first + team.rank, first + c.grad_accum * team.size, team.size)
+    micro = (to_device(run.batches.batch(i), team.device) for i in mine)
     good = True  # the recorded step sees to it by itself
     if run.graphed is not None:
         loss, norm = run.graphed(micro)
     else:
         run.optimizer.zero_grad(set_to_none=True)
-        loss = accumulate(run.loss_of, micro, c.grad_accum)
+        loss = accumulate(run.shared_loss, micro, c.grad_accum, run.before_last)
         norm = clip_grad_norm(run.model.parameters(), c.grad_clip or float("inf"))
-        if good := bool((loss + norm).isfinite()):
+        good = bool((norm if team.size > 1 else loss + norm).isfinite())  # the same for all
+        if good:
             run.optimizer.step()
     run.step += 1
     run.pending.append((loss, norm, lr))
@@ -518,7 +339,7 @@ def train_step(run: Run) -> None:
         collect(run)  # which raises
 
 
-# %% book/09-train.md, exported cell 20 (d8c3c101)
+# %% book/09-train.md, exported cell 12 (3100aad7)
 def resume_command(config: TrainConfig) -> str:
     """What to type to go on with a run."""
     where = "" if config.runs_dir == "runs" else f" --runs-dir {shlex.quote(config.runs_dir)}"
@@ -527,6 +348,7 @@ def resume_command(config: TrainConfig) -> str:
 
 def go_on(run: Run) -> str:
     """Where a run that broke off would go on."""
+    run.saver.join()
     saved = step_folders(run.folder)
     last = f"the last checkpoint (step {int(saved[-1].name[5:])})" if saved else "the beginning"
     return f"go on from {last} with"
@@ -537,23 +359,39 @@ def diverged(run: Run, what: str, step: int) -> ValueError:
     from nanolm.debug import investigate  # which is derived after this chapter
 
     lower = f"a lower --lr: {resume_command(run.config)} --lr {run.config.lr / 3:.0e}"
+    ways, found = go_on(run), "the first process looks into it"
     try:
-        found = investigate(run, what, step)
+        if run.team.main:
+            found = investigate(run, what, step)
     except Exception as error:  # the search must not hide what was found already
         found = f"its cause was not found: {error}"
-    return ValueError(f"the {what} is not finite at step {step}: {found}; {go_on(run)} {lower}")
+    run.team.wait()  # or `torchrun` would end the search
+    return ValueError(f"the {what} is not finite at step {step}: {found}; {ways} {lower}")
 
 
-# %% book/09-train.md, exported cell 21 (9f11d347)
-PATIENCE = 10  # steps that may be skipped in a row
+# %% book/09-train.md, exported cell 13 (40070d60)
+def pace(run: Run, tokens_per_second: float) -> str:
+    """How fast, which share of the card's peak that is (if known), and how long to the end."""
+    shape, now = run.model.config, time.perf_counter()
+    share = mfu(tokens_per_second, flops_per_token(shape, shape.max_seq_len), run.peak)
+    known = "" if share is None else f"  mfu {share:.0%}"
+    step, then = run.pace or (run.step - len(run.pending), run.clock)
+    left = (run.config.steps - run.step) * (now - then) / (run.step - step)
+    run.pace = run.pace or (run.step, now)  # counted from the first report: before, it compiles
+    return f"  tok/s {tokens_per_second}{known}  left {span(left)}"
+
+
+MAX_SKIPPED = 10  # so many steps skipped in a row are too many
 
 
 def collect(run: Run) -> str:
     """Fetch the losses since the last call, append them to the metrics, return the log line."""
     c, count = run.config, len(run.pending)
-    losses = torch.stack([loss for loss, _, _ in run.pending]).tolist()
+    found = torch.stack([loss for loss, _, _ in run.pending])
+    run.team.mean([found])
+    losses = found.tolist()
     norms = torch.stack([norm for _, norm, _ in run.pending]).tolist()
-    tokens = count * c.batch_size * c.grad_accum * run.model.config.max_seq_len
+    tokens = count * c.batch_size * c.grad_accum * run.team.size * run.model.config.max_seq_len
     speed = round(tokens / (time.perf_counter() - run.clock))
     rows: list[dict[str, Any]] = []
     try:
@@ -562,33 +400,41 @@ def collect(run: Run) -> str:
             named = (("loss", losses[i]), ("gradient", norms[i]))
             bad = next((what for what, value in named if not math.isfinite(value)), "")
             run.skipped = run.skipped + 1 if bad else 0
-            if bad and (c.on_nan == "stop" or run.skipped == PATIENCE):
+            if bad and c.on_nan == "stop":
                 raise diverged(run, bad, row["step"])
             facts = {"grad_norm": norms[i], "tokens_per_second": speed}
             rows.append({"step": row["step"], "skipped": bad} if bad else row | facts)
+        if run.skipped >= MAX_SKIPPED:
+            raise diverged(run, bad, run.step)
     finally:
-        append_metrics(run.folder, *rows)
-    run.pending.clear()
+        write_rows(run, *rows)
+    step, rate = f"{run.step:0{len(str(c.steps))}}", f"{lr:.1e}".replace("e-0", "e-")
     good = [row["loss"] for row in rows if "loss" in row]
     mean, skipped = sum(good) / max(len(good), 1), count - len(good)
-    step, rate = f"{run.step:0{len(str(c.steps))}}", f"{lr:.1e}".replace("e-0", "e-")
-    line = f"step {step}/{c.steps}  loss {mean:.3f}  lr {rate}  tok/s {speed}"
+    line = f"step {step}/{c.steps}  loss {mean:.3f}  lr {rate}{pace(run, speed)}"
+    run.pending.clear()
     return line + (f"  skipped {skipped}" if skipped else "")
 
 
-# %% book/09-train.md, exported cell 22 (6123542d)
+def write_rows(run: Run, *rows: dict[str, Any]) -> None:
+    """Add rows to the diary, if this process keeps it."""
+    if run.team.main:
+        run.diary.write(*rows)
+
+
+# %% book/09-train.md, exported cell 14 (ef8f00cf)
 def validate(run: Run) -> tuple[str, float]:
     """Evaluate, append the result to the metrics; what it adds to the log line, and the loss."""
     batches, floor = run.val_batches, run.val_batches.data.meta["floor"]
     n = max(1, min(run.config.eval_batches, batches.windows // batches.batch_size))
-    loss = evaluate(run.model, batches, n, loss_of=run.loss_of)
+    loss = evaluate(run.model, batches, n, loss_of=run.loss_of, team=run.team)
     if not math.isfinite(loss):
         raise diverged(run, "validation loss", run.step)
-    append_metrics(run.folder, {"step": run.step, "val_loss": loss, "floor": floor})
+    write_rows(run, {"step": run.step, "val_loss": loss, "floor": floor})
     return f"  val {loss:.3f}" + ("" if floor is None else f"  floor {floor:.3f}"), loss
 
 
-# %% book/09-train.md, exported cell 23 (d0cc7365)
+# %% book/09-train.md, exported cell 15 (d0cc7365)
 def show_sample(run: Run) -> str:
     """A boxed sample of the model as it is, from the run's seed: always the same dice."""
     prompt = run.config.sample_prompt
@@ -596,7 +442,7 @@ def show_sample(run: Run) -> str:
     return boxed(prompt + "".join(text), title=f"step {run.step}")
 
 
-# %% book/09-train.md, exported cell 24 (7603374c)
+# %% book/09-train.md, exported cell 16 (540fb520)
 def report(run: Run, say: Log, stopping: bool) -> str:
     """After a step: fetch, validate and save, then log and sample, each when its time has come.
 
@@ -613,104 +459,147 @@ def report(run: Run, say: Log, stopping: bool) -> str:
         return ""
     line = collect(run)
     more, val_loss = validate(run) if check else ("", None)
-    if save:
-        text = fingerprint(run.batches.data.meta)
-        data = {"cursor": run.step * c.grad_accum, "text": text}
-        facts: Any = dict(step=run.step, keep=c.keep, val_loss=val_loss, data=data)
-        save_checkpoint(run.folder, run.model, run.optimizer, **facts)
+    if save and run.team.main:
+        data = {"cursor": run.step * c.grad_accum * run.team.size, "text": run.text}
+        facts: Any = dict(step=run.step, val_loss=val_loss, data=data)
+        run.saver.save(run.model, run.optimizer, **facts)
     say(line + more)
-    if due(c.sample_every):
+    if due(c.sample_every) and run.team.main:
         say(show_sample(run))
     run.clock = time.perf_counter()
     return line + more
 
 
-# %% book/09-train.md, exported cell 25 (c8a14bf6)
-FIXED = ("data", "val_data", "val_fraction", "tokenizer", "batch_size", "grad_accum", "seed")
+# %% book/09-train.md, exported cell 17 (99c514a3)
+FIXED = ("data", "val_data", "val_fraction", "tokenizer", "batch_size", "seed")
 
 
-def check_resume(run: Path, model_config: ModelConfig, config: TrainConfig) -> None:
-    """ValueError naming the first option that the run on disk has otherwise."""
+def check_resume(
+    run: Path, model_config: ModelConfig, config: TrainConfig, team: Team, log: Log
+) -> TrainConfig:
+    """ValueError naming the first option that the run on disk has otherwise.
+
+    Returns the config, with as many micro-batches a process as make up the run's step.
+    """
     old_model, old = load_run(run)
     size = min(model_config.vocab_size, old_model.vocab_size)  # it may have been cut to fit
     new = asdict(config) | asdict(replace(model_config, vocab_size=size))
     for name, value in (asdict(old_model) | {name: getattr(old, name) for name in FIXED}).items():
         if new[name] != value:
             raise ValueError(f"cannot resume {run}: its {name} is {value!r}, not {new[name]!r}")
+    step = old.grad_accum * read_json(run / "config.json").get("processes", 1)
+    share, given = step // team.size, config.grad_accum
+    if given * team.size != step and (given != old.grad_accum or share * team.size != step):
+        raise ValueError(f"cannot resume {run}: its grad_accum is {step}, not {given * team.size}")
+    if share != given:
+        log(f"grad_accum is {share}, not {given}: {step} micro-batches make a step of this run")
+    return replace(config, grad_accum=share)
 
 
-# %% book/09-train.md, exported cell 26 (32d2007a)
+# %% book/09-train.md, exported cell 18 (06ecf677)
 def restore(run: Run, log: Log) -> None:
     """Put a run back where its newest good checkpoint left it."""
     if step_folders(run.folder):
-        device = next(run.model.parameters()).device
-        saved = load_checkpoint(run.folder, device, optimizer=True, log=log)
-        if saved.state["data"]["text"] != fingerprint(run.batches.data.meta):
+        saved = load_checkpoint(run.folder, run.team.device, optimizer=True, log=log)
+        if (saved.state.get("data") or {}).get("text") != run.text:
             raise ValueError(f"cannot resume {run.folder}: its training text has changed")
         if saved.step > run.config.steps:
             done = f"{run.folder} has done {saved.step} steps"
             raise ValueError(f"{done}: give --steps above {saved.step}")
         run.model.load_state_dict(saved.model.state_dict())
         unpack_optimizer(run.model, run.optimizer, saved.optimizer)
-        rng = bytearray.fromhex(saved.state["rng"])
-        torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
+        restore_random(saved)
         run.step = saved.step
-    kept = [json.dumps(row) + "\n" for row in metrics(run.folder) if row["step"] <= run.step]
-    write_file(run.folder / "metrics.jsonl", "".join(kept).encode())
+    if run.team.main:
+        kept = [json.dumps(row) + "\n" for row in metrics(run.folder) if row["step"] <= run.step]
+        write_file(run.folder / "metrics.jsonl", "".join(kept).encode())
     if run.step < run.config.steps:
         log(f"resuming {run.folder} after step {run.step}")
     else:
         log(f"{run.folder} is already finished: it has done its {run.step} steps")
 
 
-# %% book/09-train.md, exported cell 27 (ddfab014)
-def open_run(
-    model_config: ModelConfig, config: TrainConfig, *, resume: bool, log: Log, progress: bool
+# %% book/09-train.md, exported cell 19 (44468dfe)
+def build_run(
+    model_config: ModelConfig, config: TrainConfig, team: Team, prepared: Any, log: Log
 ) -> Run:
-    """Check what can be wrong, then make the run's folder or read it back."""
-    folder, device = Path(config.runs_dir) / config.name, pick_device(config.device)
-    if resume:
-        check_resume(folder, model_config, config)
-    elif (folder / "config.json").exists() or step_folders(folder):
-        raise ValueError(f"{folder} already holds a run: resume it, or give another name")
-    prepared = open_data(config, model_config.vocab_size, folder, resume=resume, progress=progress)
-    tokenizer, text, val_text = prepared
-    model_config = fit_vocabulary(model_config, tokenizer, log)
-    seq_len = model_config.max_seq_len
+    """A run at step 0, with all that is made in memory."""
+    tokenizer, text, val_text, text_print = prepared
+    folder, seq_len = Path(config.runs_dir) / config.name, model_config.max_seq_len
     batches = Batches(text, config.batch_size, seq_len, seed=config.seed)
     val_rows = min(config.batch_size, Batches(val_text, 1, seq_len).windows)
     val_batches = Batches(val_text, val_rows, seq_len)
     torch.manual_seed(config.seed)
-    model = Transformer(model_config).to(device)
+    model = Transformer(model_config).to(team.device)
     stream(model, tokenizer, config.sample_prompt)  # a prompt that is too long is an error now
     groups = decay_groups(model, config.weight_decay)
     optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
-    loss_of = loss_function(model, device, config)
-    run = Run(config, folder, tokenizer, model, optimizer, batches, val_batches, loss_of)
-    if resume:
-        restore(run, log)
-    if config.graph and device.type == "cuda" and config.dtype != "float32":
+    loss_of = loss_function(model, team.device, config)
+    boards: Any = dict(tensorboard=config.tensorboard, wandb=config.wandb) if team.main else {}
+    diary = Diary(folder, **boards, config=asdict(config) | asdict(model_config), log=log)
+    data = tokenizer, model, optimizer, batches, val_batches, text_print
+    return Run(config, folder, *data, team, Saver(folder, config.keep), diary, loss_of, loss_of)
+
+
+def speed_up(run: Run) -> None:
+    """Choose how steps are computed: recorded where that can be, and shared out in the team."""
+    c, device = run.config, run.team.device
+    if device.type == "cuda" and is_low(c, device):
+        peak = peak_flops(torch.cuda.get_device_name(device))
+        run.peak = peak and peak * run.team.size
+    if c.graph and device.type == "cuda" and c.dtype != "float32":
         from nanolm.step import GraphedStep  # which is derived after this chapter
 
-        limits: Any = {"grad_accum": config.grad_accum, "grad_clip": config.grad_clip}
-        limits["latch"] = config.on_nan == "stop"
-        run.graphed = GraphedStep(model, optimizer, **limits)
+        limits: Any = {"grad_accum": c.grad_accum, "grad_clip": c.grad_clip}
+        limits["reduce"] = run.team.mean if run.team.size > 1 else None
+        limits["latch"] = c.on_nan == "stop"
+        run.graphed = GraphedStep(run.model, run.optimizer, **limits)
         run.loss_of = run.graphed.loss
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder / "tokenizer.json")
-    configs = {"model": asdict(model_config), "train": asdict(config)}
-    write_file(folder / "config.json", json.dumps(configs, indent=1).encode())
+    else:
+        run.shared_loss, run.before_last = run.team.share(run.model, run.loss_of)
+
+
+def open_run(
+    model_config: ModelConfig, config: TrainConfig, *, resume: bool, log: Log, progress: bool,
+    team: Team | None = None,
+) -> Run:  # fmt: skip
+    """Check what can be wrong, then make the run's folder or read it back."""
+    folder = Path(config.runs_dir) / config.name
+    team = join_team(config.device) if team is None else team
+    with team.main_first():
+        if resume:
+            config = check_resume(folder, model_config, config, team, log)
+        elif team.main and ((folder / "config.json").exists() or step_folders(folder)):
+            raise ValueError(f"{folder} already holds a run: resume it, or give another name")
+        there = resume or not team.main  # what the main process prepares, the others find
+        size = model_config.vocab_size
+        prepared = open_data(config, size, folder, resume=there, progress=progress)
+        model_config = fit_vocabulary(model_config, prepared[0], log)
+        run = build_run(model_config, config, team, prepared, log)
+        if resume:
+            restore(run, log)
+    team.alike(run.model.state_dict().values())
+    speed_up(run)
+    if team.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        run.tokenizer.save(folder / "tokenizer.json")
+        configs = {"model": asdict(model_config), "train": asdict(config), "processes": team.size}
+        write_file(folder / "config.json", json.dumps(configs, indent=1).encode())
     return run
 
 
-# %% book/09-train.md, exported cell 28 (d8fb2d82)
+# %% book/09-train.md, exported cell 20 (f353f247)
 @contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list instead of dying; a second one interrupts at once."""
+def caught_signals(once: bool = True) -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list instead of dying; a second one interrupts at once.
+
+    Unless not `once`: several processes may each be told twice, by a terminal and by `torchrun`,
+    which knows itself what to do with those that do not end.
+    """
     caught: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        if caught:
+        if caught and once:
             raise KeyboardInterrupt
         caught.append(number)
 
@@ -725,8 +614,59 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# %% book/09-train.md, exported cell 29 (e36c6fe8)
+# %% book/09-train.md, exported cell 21 (f725a6c8)
+@contextmanager
+def equal_bits(wanted: bool) -> Iterator[None]:
+    """Let PyTorch give equal results for equal input, on a card too, where that is wanted."""
+    if not wanted:
+        yield
+        return
+    import torch._inductor.config as inductor  # which takes a moment to import
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+    fill: Any = torch.utils.deterministic
+    were = torch.are_deterministic_algorithms_enabled()
+    filled, chosen = fill.fill_uninitialized_memory, getattr(inductor, "deterministic", None)
+    torch.use_deterministic_algorithms(True)
+    fill.fill_uninitialized_memory = False  # which only serves to find mistakes
+    if chosen is not None:  # older versions do not have it
+        inductor.deterministic = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(were)
+        fill.fill_uninitialized_memory = filled
+        if chosen is not None:
+            inductor.deterministic = chosen
+
+
+# %% book/09-train.md, exported cell 22 (6d2f4fa4)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run_steps(run: Run, log: Log, progress: bool) -> None:
+    """Train until the last step or until told to stop; all is saved, and told, at the end."""
+    total, hide = run.config.steps, None if progress else True  # None: where stderr is a terminal
+    bar = tqdm(total=total, initial=run.step, unit="step", dynamic_ncols=True, disable=hide)
+
+    def say(line: str) -> None:
+        with bar.external_write_mode(file=sys.stdout):
+            log(line)
+
+    with bar, caught_signals(once=run.team.size == 1) as caught, run.saver:
+        while run.step < total:
+            train_step(run)
+            run.saver.check()
+            stopping = run.team.any(bool(caught))
+            if line := report(run, say, stopping):
+                bar.set_postfix_str(line.partition("  ")[2], refresh=False)
+            bar.update()
+            if stopping and run.step < total:
+                run.saver.wait()
+                how = resume_command(run.config)
+                say(f"stopped and saved after step {run.step}; go on with: {how}")
+                break
+        run.saver.wait()
 
 
 def train(
@@ -742,32 +682,28 @@ def train(
     Ctrl-C or SIGTERM finishes the step, saves and returns. Bad input is a ValueError or a
     FileNotFoundError before anything is overwritten, a loss that is not finite a ValueError; a
     full disk is an OSError that says how to go on. With `progress`, a bar is drawn on standard
-    error where that is a terminal.
+    error where that is a terminal. Of the processes that `torchrun` starts, the first one writes.
     """
-    run = open_run(model_config, config, resume=resume, log=log, progress=progress)
-    command = resume_command(config)
-    hide = None if progress else True  # None: hidden unless standard error is a terminal
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=hide)
-
-    def say(line: str) -> None:
-        with bar.external_write_mode(file=sys.stdout):
-            log(line)
-
-    with bar, caught_signals() as caught:
-        while run.step < config.steps:
+    team, folder = join_team(config.device), Path(config.runs_dir) / config.name
+    if not team.main:
+        log, progress = (lambda line: None), False
+    try:
+        with equal_bits(config.deterministic), locked(folder) if team.main else nullcontext():
+            options: Any = dict(resume=resume, log=log, progress=progress, team=team)
+            run = open_run(model_config, config, **options)
             try:
-                train_step(run)
-                stopping = bool(caught)
-                if line := report(run, say, stopping):
-                    bar.set_postfix_str(line.partition("  ")[2], refresh=False)
-                bar.update()
+                run_steps(run, log, progress)
             except BrokenPipeError:  # nobody reads the log any more
                 raise
             except OSError as error:
                 room = "make room and " if error.errno in FULL_DISK else ""
-                what = f"stopped at step {run.step}: {error}; {room}{go_on(run)}: {command}"
-                raise OSError(what) from error
-            if stopping and run.step < config.steps:
-                say(f"stopped and saved after step {run.step}; go on with: {command}")
-                break
-    return run.folder
+                command = f"{room}{go_on(run)}: {resume_command(config)}"
+                raise OSError(f"stopped at step {run.step}: {error}; {command}") from error
+            finally:
+                run.diary.close()
+        team.leave()
+    except RuntimeError as error:
+        if (lost := team.lost(error)) is error:
+            raise
+        raise lost from None
+    return folder

@@ -18,20 +18,14 @@ from seeded import one_seed  # noqa: F401
 from torch import nn
 
 import nanolm.debug as debug
+from nanolm.checkpoint import pack_optimizer
 from nanolm.data import Batches, TokenData, prepare, read_documents
 from nanolm.debug import Reading, Report, Watch, first_bad, measure, plot_ranges, replay
 from nanolm.model import ModelConfig, Transformer
 from nanolm.optim import AdamW, decay_groups
 from nanolm.step import GraphedStep
 from nanolm.tokenizer import Tokenizer
-from nanolm.train import (
-    PATIENCE,
-    TrainConfig,
-    load_checkpoint,
-    metrics,
-    pack_optimizer,
-    train,
-)
+from nanolm.train import MAX_SKIPPED, TrainConfig, load_checkpoint, metrics, train
 
 MODEL = ModelConfig(
     vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=48, max_seq_len=32
@@ -383,9 +377,11 @@ def test_a_skipped_step_moves_nothing(config):
 def test_too_many_in_a_row_stop_the_run_all_the_same(config):
     config = replace(config, on_nan="skip")
     said = stopped(config, *range(5, 17))  # the log comes at step 16, after twelve of them
-    assert said.startswith("the loss is not finite at step 16: it begins in the output of embedding")
+    assert said.startswith(
+        "the loss is not finite at step 16: it begins in the output of embedding"
+    )
     assert tensors(Path(config.runs_dir) / "a" / "nan-000016")["norm.weight/step"] == 4
-    with cursed(config, *range(5, 4 + PATIENCE)):
+    with cursed(config, *range(5, 4 + MAX_SKIPPED)):
         assert len(metrics(train(MODEL, replace(config, name="b"), log=quiet))) == 24
 
 
@@ -421,7 +417,9 @@ def test_what_plain_steps_do_not_do_is_said(config):
 def test_a_search_that_fails_hides_nothing(config):
     with mock.patch.object(debug, "replay", side_effect=OSError("disk on fire")):
         said = stopped(config, 5)
-    assert said.startswith("the loss is not finite at step 5: its cause was not found: disk on fire")
+    assert said.startswith(
+        "the loss is not finite at step 5: its cause was not found: disk on fire"
+    )
     assert "go on from the beginning" in said
 
 

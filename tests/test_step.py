@@ -7,10 +7,11 @@ import torch
 from seeded import one_seed  # noqa: F401
 
 import nanolm.step as step_module
+from nanolm.checkpoint import pack_optimizer, unpack_optimizer
 from nanolm.model import ModelConfig, Transformer
 from nanolm.optim import AdamW, clip_grad_norm, decay_groups
 from nanolm.step import GraphedStep, adopt, side_by_side
-from nanolm.train import accumulate, pack_optimizer, unpack_optimizer
+from nanolm.train import accumulate
 
 CONFIG = ModelConfig(vocab_size=61, n_layer=2, d_model=32, n_head=2, d_ff=40, max_seq_len=12)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
