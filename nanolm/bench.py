@@ -742,7 +742,7 @@ def bench_step(
     yield from ({"preset": preset, "rows": rows} | row for row in found)
 
 
-# %% book/14-bench.md, exported cell 24 (2d8acb70)
+# %% book/14-bench.md, exported cell 24 (277d66d6)
 def bench_optim(
     *, dtype: str = "", repeats: int | None = None, device: str = "", preset: str = "default"
 ) -> Iterator[Row]:
@@ -759,15 +759,13 @@ def bench_optim(
     torch.manual_seed(0)
     ours, theirs = (Transformer(ModelConfig.preset(preset)).to(device) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    step = GraphedStep(ours, AdamW(ours.parameters(), lr=1e-4), compiled=device == "cuda")
+    step = GraphedStep(ours, AdamW(ours.parameters(), lr=1e-4))
     peer = torch.optim.AdamW(
         theirs.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True,
         capturable=device == "cuda",
     )  # fmt: skip
-    twins = dict(zip(step.params, theirs.parameters(), strict=True))
-    for low, place in zip(step.params, step.places, strict=True):
-        place.normal_(std=1e-3)
-        twins[low].grad = place.clone()
+    for name, weight in theirs.named_parameters():
+        weight.grad = step.passes.place_of[name].normal_(std=1e-3).clone()
     step.prepare()
 
     def once(update: Callable[[], Any], weights: Iterable[Tensor]) -> Callable[[], Any]:
@@ -787,7 +785,7 @@ def bench_optim(
         peer.step()
 
     updates = {
-        OURS: once(step.update, ours.parameters()),
+        OURS: once(partial(step.update, torch.zeros((), device=device)), ours.parameters()),
         "PyTorch, fused": once(their_update, theirs.parameters()),
     }
     count = ours.num_parameters()

@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 16793bf6
+# The seal of all that stands in no cell: 712d89b4
 """`nanolm.debug`, derived in the book, where each line has its reason:
 
 - book/10-honest.md: The honest part
@@ -31,7 +31,7 @@ from nanolm.checkpoint import (
 from nanolm.model import Transformer
 from nanolm.optim import AdamW, decay_groups
 from nanolm.parallel import Team
-from nanolm.train import LossFunction, Run, loss_function, to_device, train_step
+from nanolm.train import LossFunction, Run, is_low, loss_function, to_device, train_step
 
 __all__ = [
     "Reading",
@@ -298,13 +298,19 @@ def steps_before(run: Run, step: int) -> dict[int, list[Reading]]:
     return found
 
 
-# %% book/10-honest.md, exported cell 7 (babfd8de)
-def ways(run: Run) -> Iterator[tuple[str, nn.Module, LossFunction]]:
-    """How a step of the run can be repeated plainly."""
+# %% book/10-honest.md, exported cell 7 (2dfce5ae)
+def ways(run: Run, micro: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[str, list[Reading]]]:
+    """Ways to repeat a step of the run, and what is read on each."""
     plain = loss_function(run.model, run.team.device, replace(run.config, compile=False))
-    yield "plainly", run.model, plain
+    yield "plainly", replay(run.model, plain, micro)
     if run.graphed is not None:
-        yield "repeated by the twin", run.graphed.twin, run.graphed.twin.loss
+        watch, passes = Watch(run.model), run.graphed.passes
+        torch._foreach_zero_([rows.grad for rows in run.graphed.rows])
+        for pair in micro:
+            watch.note("", "loss", passes(*pair))
+        for name, place in reversed(passes.place_of.items()):
+            watch.note(name, "gradient", place)
+        yield "by the passes of the recorded step, but not plainly", watch.readings()
 
 
 def keep_state(run: Run, name: str, done: int, micro: list[tuple[Tensor, Tensor]]) -> Path:
@@ -339,11 +345,11 @@ def investigate(run: Run, what: str, step: int) -> str:
     if run.graphed is not None and run.graphed.latch and not checks:  # it went on counting
         counts = [run.optimizer.state[p]["step"] for p in run.graphed.held]
         torch._foreach_sub_(counts, run.step - (step - 1))
-    for way, model, loss_of in ways(run):
-        report = Report(step, way, replay(model, loss_of, micro), {})
+    for way, readings in ways(run, micro):
+        report = Report(step, way, readings, {})
         if report.first:
             break
-    if report.first and (run.graphed is not None or c.dtype == "bfloat16"):
+    if report.first and is_low(c, run.team.device):
         report.in_float32 = first_bad(replay(run.model, run.model.loss, micro)) is not None
     report.before = steps_before(run, step)
     folder = keep_state(run, f"nan-{step:06d}", step if checks else step - 1, micro)

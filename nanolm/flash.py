@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 650d4ea2
+# The seal of all that stands in no cell: 963f8be3
 """`nanolm.flash`, derived in the book, where each line has its reason:
 
 - book/06-flash.md: Flash attention
@@ -8,7 +8,7 @@ with `python -m nanolm.tangle --update`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -465,14 +465,18 @@ def dkdv_kernel(
     store_tile(DV, dv_strides, b, h_kv, n, S, dv, 1, COLS, D)
 
 
-# %% book/06-flash.md, exported cell 12 (d443a60f)
+# %% book/06-flash.md, exported cell 12 (fbe4942d)
 def launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
     dq_tiles: Tiles | None = None, dkdv_tiles: Tiles | None = None,
+    rooms: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What `tiled_backward` computes, by the kernels, with what `launch_forward` gave."""
-    dq, dk, dv = map(room_for, (q, k, v))
+    """What `tiled_backward` computes, by the kernels, with what `launch_forward` gave.
+
+    The gradients are written to `rooms`, like q, k and v, if there are any.
+    """
+    dq, dk, dv = rooms or map(room_for, (q, k, v))
     grad, q, k, v, out = map(dense, (grad, q, k, v, out))
     (B, H, T, D), S = q.shape, k.size(2)
     _, delta = new_outputs(q)
@@ -498,7 +502,7 @@ def launch_backward(
     return dq, dk, dv
 
 
-# %% book/06-flash.md, exported cell 13 (4b6f1658)
+# %% book/06-flash.md, exported cell 13 (5a2bbb6d)
 WIDTHS = (16, 32, 64, 128)  # channels of a head that the kernels take
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -530,20 +534,29 @@ def forward_shapes(
     return new_outputs(q)
 
 
+def backward_into(
+    rooms: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    lse: Tensor, causal: bool, scale: float,
+) -> None:  # fmt: skip
+    """Write the gradients of q, k and v to the three rooms, whose strides may be any."""
+    if has_kernel(q):
+        launch_backward(grad, q, k, v, out, lse, causal, scale, rooms=rooms)
+        return
+    with torch.autocast(q.device.type, enabled=False):
+        found = tiled_backward(grad, q, k, v, out, lse, causal, scale)
+    for room, gradient in zip(rooms, found, strict=True):
+        room.copy_(gradient)
+
+
 @torch.library.custom_op("nanolm::flash_backward", mutates_args=())
 def flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v."""
-    if has_kernel(q):
-        return launch_backward(grad, q, k, v, out, lse, causal, scale)
-    dq, dk, dv = map(room_for, (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
-        found = tiled_backward(grad, q, k, v, out, lse, causal, scale)
-    for room, gradient in zip((dq, dk, dv), found, strict=True):
-        room.copy_(gradient)
-    return dq, dk, dv
+    rooms = room_for(q), room_for(k), room_for(v)
+    backward_into(rooms, grad, q, k, v, out, lse, causal, scale)
+    return rooms
 
 
 @flash_backward.register_fake

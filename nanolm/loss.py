@@ -290,21 +290,26 @@ def loss_boxes(tiles: LossTiles, part: int, *tensors: Tensor) -> list[Any]:
     ]
 
 
-# %% book/07-loss.md, exported cell 6 (0b1f36c1)
+# %% book/07-loss.md, exported cell 6 (8bc76953)
 def launch_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grads: bool,
     tiles: LossTiles | None = None, rows: int = 0, splits: int = 0,
+    place: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What `loss_by_chunks` computes, by the kernels, `rows` at a time. hidden is bfloat16."""
+    """What `loss_by_chunks` computes, by the kernels, `rows` at a time. hidden is bfloat16.
+
+    The gradient of weight is added to `place`, if there is one, float32 like weight.
+    """
     if interpreting():
         repair_bfloat16()
+    given = hidden, weight, targets, ignore_index, grads
     with torch.cuda.device_of(hidden):  # which need not be the current one
-        return launch_here(hidden, weight, targets, ignore_index, grads, tiles, rows, splits)
+        return launch_here(*given, tiles, rows, splits, place)
 
 
 def launch_here(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grads: bool,
-    tiles: LossTiles | None, rows: int, splits: int,
+    tiles: LossTiles | None, rows: int, splits: int, place: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`launch_loss`, on the current device."""
     (N, D), V = hidden.shape, len(weight)
@@ -328,6 +333,7 @@ def launch_here(
     scaled = torch.empty_like(hidden[:rows] if grads else hidden[:1])
     d_rows = guess.new_empty(rows if grads else 0, D)
     d_hidden, d_weight = room_for_gradients(hidden, weight, grads)
+    d_weight = d_weight if place is None else place
     for i in range(0, N, rows):
         x, t, g, out = (y[i : i + rows] for y in (hidden, targets, guess, losses))
         n, grid = len(x), triton.cdiv(min(rows, N - i), tiles.ROWS)
@@ -341,11 +347,11 @@ def launch_here(
         if grads:
             set_product(d_rows[:n], room[:n, :V], narrow)
             torch.mul(d_rows[:n], scale[:n, None], out=d_hidden[i : i + n])
-            set_product(d_weight, room[:n, :V].T, scaled[:n], beta=int(i > 0))
+            set_product(d_weight, room[:n, :V].T, scaled[:n], beta=int(place is not None or i > 0))
     return losses.sum() * share, d_hidden, d_weight
 
 
-# %% book/07-loss.md, exported cell 7 (53119d48)
+# %% book/07-loss.md, exported cell 7 (17f27020)
 def has_loss_kernel(hidden: Tensor) -> bool:
     """Whether the kernels can take states like hidden (N, D): GPU, Triton, type and width."""
     return (
@@ -366,6 +372,20 @@ def check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
         raise ValueError(f"{bad} targets are not in 0..{V - 1}, for example {example}")
     if not count:
         raise ValueError(f"no target is left: all {len(targets)} are ignore_index {ignore_index}")
+
+
+def loss_into(
+    place: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """The mean loss and its gradient by hidden (N, D); that by weight is added to place (V, D)."""
+    if not (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
+        check_targets(targets, len(weight), ignore_index)
+    given = hidden, weight, targets, ignore_index, True
+    if has_loss_kernel(hidden):
+        return launch_loss(*given, place=place)[:2]
+    loss, d_hidden, d_weight = loss_by_chunks(*given)
+    place += d_weight
+    return loss, d_hidden
 
 
 @torch.library.custom_op("nanolm::linear_loss", mutates_args=())

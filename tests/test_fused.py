@@ -1,0 +1,260 @@
+"""What lies between the products against plain PyTorch in float64, at sizes that fill no tile.
+
+Without a GPU the kernels are interpreted, and the checker looks at every address. On a GPU the same
+tests run them for real. Poison surrounds what they read.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from place import DEVICE, RUNS, on_gpu, with_kernels
+from seeded import one_seed  # noqa: F401
+
+from nanolm import fused
+from nanolm.interpret import SHARED, checked, has_triton, interpreting, poisoned
+from nanolm.model import apply_rotary, rotary_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+SIZES = [(1, 16), (7, 32), (37, 64), (129, 128), (33, 256), (5, 2048)]  # rows, channels
+
+
+def test_where_triton_is_kernels_run():
+    """Else half of what follows would be skipped, and nobody would notice."""
+    assert RUNS or not has_triton()
+
+
+def some(*shapes, dtype=BF16):
+    """Numbers drawn on the CPU: everywhere the same."""
+    return [torch.randn(shape).to(DEVICE, dtype) for shape in shapes]
+
+
+def in_poison(x):
+    """A copy of x, in one piece, with poison on both sides."""
+    return poisoned((x.numel(),), x.flatten(), 64, x.dtype)[0].view(x.shape)
+
+
+def guarded(launch, *inputs):
+    """What a launcher gives, from inputs that lie in poison."""
+    inputs = [in_poison(x) if torch.is_tensor(x) else x for x in inputs]
+    with checked() if interpreting() else contextlib.nullcontext():
+        return launch(*inputs)
+
+
+def wide(inputs):
+    return [x.to(FP64) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
+
+
+def as_near(found, plain, right):
+    """Our errors against float64 are at most twice those of PyTorch in the same type."""
+    for ours, theirs, exactly in zip(found, plain, right, strict=True):
+        error, allowed = ((x.to(FP64) - exactly).norm() for x in (ours, theirs))
+        assert ours.dtype == theirs.dtype
+        assert error <= 2 * allowed + 1e-6 * exactly.norm() + 1e-9
+
+
+@with_kernels
+@pytest.mark.parametrize("N, C", SIZES)
+@pytest.mark.parametrize("added", [True, False])
+def test_norm(N, C, added):
+    x, delta, weight = some((N, C), (N, C), C)
+    given = x, delta if added else None, weight, 1e-5
+    found = guarded(fused.launch_norm, *given)
+    as_near(found, fused.plain_norm(*given), fused.plain_norm(*wide(given)))
+
+
+@with_kernels
+@pytest.mark.parametrize("N, C", SIZES)
+@pytest.mark.parametrize("beside", [True, False])
+def test_norm_back(N, C, beside):
+    grad, x, weight, past = some((N, C), (N, C), C, (N, C))
+    scale = torch.rand(N).to(DEVICE) + 0.5
+    given = grad, x, scale, weight, past if beside else None
+
+    def kernel(*inputs):
+        parts = torch.full((-(-N // fused.SHARE), C), torch.nan, device=DEVICE)
+        return fused.launch_norm_back(*inputs, parts), parts.sum(0)
+
+    def plain(*inputs):
+        parts = inputs[2].new_zeros(1, C)
+        return fused.plain_norm_back(*inputs, parts), parts.sum(0)
+
+    as_near(guarded(kernel, *given), plain(*given), plain(*wide(given)))
+
+
+def test_the_plain_norm_back_is_autograds():
+    x, delta, grad, past = some(*[(5, 12)] * 4, dtype=FP64)
+    weight = torch.randn(12, dtype=FP64, requires_grad=True, device=DEVICE)
+    x.requires_grad_()
+    y = torch.nn.functional.rms_norm(x + delta, (12,), weight, 1e-3)
+    right = torch.autograd.grad((y * grad).sum() + ((x + delta) * past).sum(), (x, weight))
+    with torch.no_grad():
+        new, found, scale = fused.plain_norm(x, delta, weight, 1e-3)
+        parts = torch.zeros(1, 12, dtype=FP64, device=DEVICE)
+        dx = fused.plain_norm_back(grad, new, scale, weight, past, parts)
+    for a, b in zip((found, dx, parts[0]), (y, *right), strict=True):
+        assert torch.allclose(a, b)
+
+
+@with_kernels
+@pytest.mark.parametrize(
+    "B, T, heads, all_heads, D", [(1, 1, 1, 1, 16), (3, 5, 2, 4, 32), (2, 65, 5, 6, 64)]
+)
+def test_rotation(B, T, heads, all_heads, D):
+    cos, sin = (table.to(DEVICE) for table in rotary_tables(T, D))
+    (x,) = some((B, T, all_heads * D))
+    for sign in (1.0, -1.0):
+        results = []
+        for launch, value in (
+            (fused.launch_rotate, x), (fused.plain_rotate, x), (fused.plain_rotate, x.double())
+        ):  # fmt: skip
+            turned = in_poison(value)
+            with checked() if interpreting() else contextlib.nullcontext():
+                launch(turned, cos, sin, heads, sign)
+            results.append((turned,))
+        as_near(*results)
+        assert torch.equal(results[0][0][..., heads * D :], x[..., heads * D :])
+
+
+def test_the_plain_rotation_is_the_models_and_turns_back():
+    (x,) = some((2, 7, 3 * 8), dtype=FP64)
+    cos, sin = (table.to(DEVICE) for table in rotary_tables(7, 8))
+    turned = x.clone()
+    fused.plain_rotate(turned, cos, sin, 2)
+    heads = x.view(2, 7, 3, 8).transpose(1, 2)
+    right = torch.cat((apply_rotary(heads[:, :2], cos, sin), heads[:, 2:]), 1)
+    assert torch.allclose(turned.view(2, 7, 3, 8).transpose(1, 2), right)
+    fused.plain_rotate(turned, cos, sin, 2, -1.0)
+    assert torch.allclose(turned, x, atol=1e-6)
+
+
+@with_kernels
+@pytest.mark.parametrize("N, F", SIZES)
+def test_gate(N, F):
+    both, grad = some((N, 2 * F), (N, F))
+    both[0, 0], both[0, 1] = 80.0, -80.0  # where the sigmoid ends
+    found = guarded(fused.launch_gate, both)
+    as_near((found,), (fused.plain_gate(both),), (fused.plain_gate(both.double()),))
+    given = grad, both
+    found = guarded(fused.launch_gate_back, *given)
+    as_near(found, fused.plain_gate_back(*given), fused.plain_gate_back(*wide(given)))
+
+
+def test_the_plain_gate_back_is_autograds():
+    both, grad = some((5, 14), (5, 7), dtype=FP64)
+    both.requires_grad_()
+    (right,) = torch.autograd.grad(fused.plain_gate(both), both, grad)
+    again, d_both = fused.plain_gate_back(grad, both.detach())
+    assert torch.allclose(d_both, right) and torch.allclose(again, fused.plain_gate(both))
+
+
+RUNS_OF = {  # tokens by word: short runs, runs to the border, over one border, over many
+    "all apart": range(100),
+    "one": [7] * 100,
+    "to the border": [0] * 32 + [1] * 32 + [2] * 32 + [3],
+    "over it": [0] * 31 + [1] * 2 + [2] * 31 + [3] * 33,
+    "over many": [0] * 5 + [1] * 200 + [2] * 3 + [3] * 100 + [9],
+    "a single token": [4],
+    "less than a tile": [1, 1, 3],
+    "mixed": [i * i % 11 for i in range(300)],
+}
+
+
+@with_kernels
+@pytest.mark.parametrize("runs", RUNS_OF)
+@pytest.mark.parametrize("C", [16, 256])
+def test_rows_are_added_up(runs, C):
+    ids = torch.tensor(RUNS_OF[runs])[torch.randperm(len(RUNS_OF[runs]))].to(DEVICE)
+    (grad,), V = some((len(ids), C)), int(ids.max()) + 2
+    words, order = torch.sort(ids.int(), stable=True)
+    right = torch.ones(V, C, dtype=FP64, device=DEVICE).index_add_(0, ids, grad.double())
+    found = []
+    for _ in range(2):
+        place = in_poison(torch.ones(V, C, device=DEVICE))
+        guarded(
+            lambda *given, place=place: fused.launch_add_rows(place, *given), words, order, grad
+        )
+        assert torch.allclose(place.double(), right, rtol=1e-5, atol=1e-4)
+        found.append(place)
+    assert torch.equal(*found)
+
+
+@with_kernels
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_of_any_runs_are_added_up(seed):
+    torch.manual_seed(seed)
+    ids = torch.randint(1, 40, (torch.randint(1, 400, ()),)) ** 2 // 40  # common and rare words
+    (grad,), ids = some((len(ids), 16)), ids.to(DEVICE)
+    place, right = (torch.zeros(41, 16, dtype=dtype, device=DEVICE) for dtype in (FP32, FP64))
+    fused.launch_add_rows(place, *torch.sort(ids.int(), stable=True), grad)
+    assert torch.allclose(place.double(), right.index_add_(0, ids, grad.double()), atol=1e-4)
+
+
+@with_kernels
+@pytest.mark.parametrize("N", [1, 1023, 1024, 2500])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_update(N, decay):
+    weight, avg, grad = some(N, N, N, dtype=FP32)
+    square = torch.rand(N).to(DEVICE)
+    scale, hyper = (torch.tensor(x).to(DEVICE) for x in (0.3, [1e-2, 0.4, 0.3]))
+    results = []
+    for way, kind in (
+        (fused.launch_adamw, FP32),
+        (fused.plain_adamw, FP32),
+        (fused.plain_adamw, FP64),
+    ):
+        row = [in_poison(x.to(kind)) for x in (weight, avg, square)]
+        row.append(torch.zeros(N, dtype=BF16, device=DEVICE))
+        with checked() if interpreting() else contextlib.nullcontext():
+            numbers = grad.to(kind), scale.to(kind), hyper.to(kind), torch.tensor(True).to(DEVICE)
+            way(*row, *numbers, (0.9, 0.95), 1e-8, decay)
+        assert torch.equal(row[3], row[0].to(BF16))
+        results.append(row[:3])
+    as_near(*results)
+
+
+@with_kernels
+@pytest.mark.parametrize("way", [fused.launch_adamw, fused.plain_adamw])
+def test_an_update_that_is_not_good_changes_nothing(way):
+    weight, avg = some(1500, 1500, dtype=FP32)
+    row = [weight.clone(), avg.clone(), avg.square(), weight.to(BF16)]
+    grad, one = torch.full((1500,), torch.nan, device=DEVICE), torch.tensor(1.0, device=DEVICE)
+    hyper, good = torch.full((3,), 0.1, device=DEVICE), torch.tensor(False, device=DEVICE)
+    way(*row, grad, one, hyper, good, (0.9, 0.95), 1e-8, 0.1)
+    for found, before in zip(row, (weight, avg, avg.square(), weight.to(BF16)), strict=True):
+        assert torch.equal(found, before)
+
+
+def test_what_the_kernels_cannot_take_goes_the_plain_way():
+    x = torch.zeros(3, 48)
+    assert not fused.has_fused(x, 48)
+    gone = fused.norm(x + 1, None, torch.ones(48), 0.0)
+    assert torch.equal(gone[1], x + 1)
+
+
+@on_gpu
+def test_on_a_gpu_bfloat16_of_a_fitting_width_goes_by_the_kernels():
+    x = torch.zeros(3, 64, dtype=BF16, device="cuda")
+    assert fused.has_fused(x, 64)
+    assert not (fused.has_fused(x, 48) or fused.has_fused(x.float(), 64) or fused.has_fused(x, 8))
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_compiled_for_cards_that_are_not_here():
+    script = [sys.executable, str(ROOT / "tests" / "fused_gate.py")]
+    place = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        script, capture_output=True, text=True, timeout=300, env=os.environ | place
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout)
+    assert len({row["kernel"] for row in rows}) == 8
+    for row in rows:
+        card = int(row["case"][3:5])
+        assert row["stack"] == 0 and row["shared"] <= SHARED[card] * 1024, row
