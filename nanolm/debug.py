@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 712d89b4
+# The seal of all that stands in no cell: 8c3c5620
 """`nanolm.debug`, derived in the book, where each line has its reason:
 
 - book/10-honest.md: The honest part
@@ -178,7 +178,7 @@ def first_bad(readings: list[Reading]) -> int | None:
     return next((i for i, reading in enumerate(readings) if reading.bad), None)
 
 
-# %% book/10-honest.md, exported cell 4 (34934c19)
+# %% book/10-honest.md, exported cell 4 (a42cf185)
 @dataclass
 class Report:
     """What was found about a step; `save` and `load` keep it in a folder, as report.json."""
@@ -209,7 +209,8 @@ class Report:
         past = [r for step, r in self.history(*first[:2]).items() if step < self.step]
         if past:
             low, high = min(r.low for r in past), max(r.high for r in past)
-            words += f"; in {len(past)} steps before it went from {low:.3g} to {high:.3g}"
+            steps = f"{len(past)} steps" if len(past) > 1 else "the step"
+            words += f"; in {steps} before it went from {low:.3g} to {high:.3g}"
         return words + ("; in float32 this step is finite" if self.in_float32 is False else "")
 
     def table(self, before: int = 3, after: int = 1) -> str:
@@ -255,11 +256,7 @@ def plot_ranges(report: Report, axes: Any) -> None:
     axes.set(xlabel="step", ylabel="largest magnitude")
 
 
-# %% book/10-honest.md, exported cell 6 (f22137e5)
-LONGEST = 1000  # steps that are repeated for what they tell of the ranges
-READ = 40  # about how many of them are read
-
-
+# %% book/10-honest.md, exported cell 6 (2e5d27ef)
 def rewound(run: Run) -> Run:
     """A copy of a run as its newest checkpoint left it, neither compiled, recorded nor shared."""
     c = replace(run.config, grad_accum=run.config.grad_accum * run.team.size)
@@ -277,6 +274,11 @@ def rewound(run: Run) -> Run:
     parts: Any = dict(config=c, model=model, optimizer=optimizer, graphed=None, pending=[])
     parts |= dict(shared_loss=loss_function(model, device, c), before_last=contextlib.nullcontext)
     return replace(run, team=Team(device=device), step=step, **parts)
+
+
+# %% book/10-honest.md, exported cell 7 (1a40071e)
+LONGEST = 1000  # steps that are repeated for what they tell of the ranges
+READ = 40  # about how many of them are read
 
 
 def steps_before(run: Run, step: int) -> dict[int, list[Reading]]:
@@ -298,7 +300,7 @@ def steps_before(run: Run, step: int) -> dict[int, list[Reading]]:
     return found
 
 
-# %% book/10-honest.md, exported cell 7 (2dfce5ae)
+# %% book/10-honest.md, exported cell 8 (b36a4102)
 def ways(run: Run, micro: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[str, list[Reading]]]:
     """Ways to repeat a step of the run, and what is read on each."""
     plain = loss_function(run.model, run.team.device, replace(run.config, compile=False))
@@ -329,6 +331,7 @@ def keep_state(run: Run, name: str, done: int, micro: list[tuple[Tensor, Tensor]
     return folder
 
 
+# %% book/10-honest.md, exported cell 9 (a0935d8f)
 def investigate(run: Run, what: str, step: int) -> str:
     """Find where a number that is not finite began, save the evidence; the finding in one line.
 

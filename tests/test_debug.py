@@ -3,8 +3,12 @@
 import contextlib
 import json
 import math
+import os
 import re
-from dataclasses import replace
+import subprocess
+import sys
+import textwrap
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
@@ -30,6 +34,7 @@ MODEL = ModelConfig(
     vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=48, max_seq_len=32
 )
 INF, NAN = math.inf, math.nan
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def some_batch(rows=3):
@@ -89,6 +94,8 @@ def test_the_order_is_that_of_execution():
     line = [i for n, i in enumerate(back) if n not in parallel]
     assert line == sorted(line, reverse=True) and min(back) > max(there)
     assert len(seen) == len(set(seen))
+    assert ("blocks.0.attn.q_proj", "input") not in seen  # which is what the norm gave, noted there
+    assert ("blocks.1.attn_norm", "input") not in seen
     weights = [name for name, _ in model.named_parameters()]
     assert [r.where for r in readings if r.what == "value"] == weights
     assert sorted(r.where for r in readings if r.what == "gradient") == sorted(weights)
@@ -382,6 +389,8 @@ def test_too_many_in_a_row_stop_the_run_all_the_same(config):
     assert tensors(Path(config.runs_dir) / "a" / "nan-000016")["norm.weight/step"] == 4
     with cursed(config, *range(5, 4 + MAX_SKIPPED)):
         assert len(metrics(train(MODEL, replace(config, name="b"), log=quiet))) == 24
+    with cursed(config, *range(2, 10), *range(11, 17)):  # fourteen, but not in a row
+        assert len(metrics(train(MODEL, replace(config, name="c"), log=quiet))) == 24
 
 
 def test_on_nan_is_stop_or_skip():
@@ -434,6 +443,46 @@ def test_a_lack_of_precision_is_told_from_a_bug(config):
         train(MODEL, replace(config, dtype="bfloat16"), log=quiet)
     assert "the output of blocks.0.attn.q_proj" in str(error.value)
     assert "in float32 this step is finite" in str(error.value)
+
+
+TEAM = """
+    import sys
+    import torch
+    from nanolm.train import load_run, train
+    from test_debug import MODEL, cursed, quiet
+
+    torch.set_num_threads(1)
+    config = load_run(sys.argv[1])[1]
+    with cursed(config, int(sys.argv[2]), micro=0):
+        train(MODEL, config, log=quiet)
+"""
+
+
+def test_of_several_processes_the_first_looks_into_all_micro_batches(config, tmp_path):
+    """The curse is on the second process, whose loss alone is infinite at first."""
+    plan = tmp_path / "plan"
+    plan.mkdir()
+    half = replace(config, grad_accum=1, name="team")  # two processes make up the same step
+    parts = {"model": asdict(MODEL), "train": asdict(half)}
+    (plan / "config.json").write_text(json.dumps(parts))
+    script = tmp_path / "team.py"
+    script.write_text(textwrap.dedent(TEAM))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(
+        [*run, str(script), str(plan), "18"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode != 0
+    said = re.findall("ValueError: (the .*)", done.stderr)
+    first = next(line for line in said if "the first process looks into it" not in line)
+    assert first.startswith(
+        "the loss is not finite at step 9: it begins in the output of embedding"
+    )
+    assert "in the step before" not in first  # the newest checkpoint is the state before
+    folder = tmp_path / "team" / "nan-000009"
+    assert json.loads((folder / "config.json").read_text())["processes"] == 2
+    assert len(safetensors.torch.load_file(folder / "batch.safetensors")) == 4
+    assert_equal(tensors(folder), tensors(tmp_path / "team" / "step-000008"))
 
 
 # ---- the recorded step -------------------------------------------------------------------------
@@ -516,7 +565,7 @@ def test_between_two_log_lines_a_recorded_run_stands_still(config):
     config = replace(config, log_every=12)
     with (
         poisoned_passes(9),
-        pytest.raises(ValueError, match="gradient is not finite at step 9: ") as e,
+        pytest.raises(ValueError, match="gradient is not finite at step 9: ") as error,
     ):
         train(MODEL, config, log=quiet)
     assert "repeated plainly it is finite" in str(error.value)
