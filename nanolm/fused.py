@@ -52,11 +52,15 @@ __all__ = [
 ]
 
 
-# %% book/07b-fused.md, exported cell 1 (d3e1119b)
+# %% book/07b-fused.md, exported cell 1 (e12ed4f0)
 def plain_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + delta (N, C), its RMSNorm, and one over the root mean square of each row (N)."""
+    """x + delta (N, C), its RMSNorm, and one over the root mean square of each row (N).
+
+    With ids (N), x is a table, whose rows they name.
+    """
+    x = x if ids is None else x[ids]
     x = x if delta is None else x + delta
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = (wide.square().mean(-1) + eps).rsqrt()
@@ -74,7 +78,7 @@ def plain_norm_back(
     return (dx if beside is None else dx + beside).to(x.dtype)
 
 
-# %% book/07b-fused.md, exported cell 2 (fef53366)
+# %% book/07b-fused.md, exported cell 2 (b9f49d73)
 @triton.jit
 def row_tile(N, C: tl.constexpr, ROWS: tl.constexpr):
     """This program's rows, which numbers of a matrix (N, C) they are, and which exist."""
@@ -84,14 +88,19 @@ def row_tile(N, C: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def norm_kernel(
-    X, DELTA, WEIGHT, SUM, OUT, SCALE, N, eps,
-    C: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    X, IDS, DELTA, WEIGHT, SUM, OUT, SCALE, N, eps,
+    C: tl.constexpr, ROWS: tl.constexpr, PICK: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Equation 1 for a few rows, after DELTA is added to them."""
     row, at, here = row_tile(N, C, ROWS)
-    x = tl.load(X + at, mask=here, other=0.0)
+    source = at
+    if PICK:
+        picked = tl.load(IDS + row, mask=row < N, other=0).to(tl.int64)
+        source = picked[:, None] * C + tl.arange(0, C)[None, :]
+    x = tl.load(X + source, mask=here, other=0.0)
     if ADD:
         x = (x.to(tl.float32) + tl.load(DELTA + at, mask=here, other=0.0).to(tl.float32)).to(x.dtype)
+    if ADD or PICK:
         tl.store(SUM + at, x, mask=here)
     wide = x.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / C + eps)
@@ -125,7 +134,7 @@ def norm_back_kernel(
     tl.store(PARTS + tl.program_id(0) * C + c, tl.sum(parts, 0))
 
 
-# %% book/07b-fused.md, exported cell 3 (800ab03b)
+# %% book/07b-fused.md, exported cell 3 (ef6d69d9)
 def has_fused(x: Tensor, *widths: int) -> bool:
     """Whether the kernels of this chapter can take tensors like x, with rows of such widths."""
     fits = all(16 <= width <= 4096 and width & (width - 1) == 0 for width in widths)
@@ -144,14 +153,17 @@ def rows_for(width: int, numbers: int = 1024) -> dict[str, int]:
 
 
 def launch_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `plain_norm` computes, by the kernel."""
-    (N, C), add = x.shape, delta is not None
-    out, total = torch.empty_like(x), torch.empty_like(x) if add else x
+    N, C = len(x if ids is None else ids), x.size(1)
+    new = delta is not None or ids is not None
+    out, total = x.new_empty(N, C), x.new_empty(N, C) if new else x
     scale, known = x.new_empty(N, dtype=torch.float32), rows_for(C)
+    known |= {"C": C, "PICK": ids is not None, "ADD": delta is not None}
+    ids, delta = x if ids is None else ids, x if delta is None else delta
     grid = (triton.cdiv(N, known["ROWS"]),)
-    norm_kernel[grid](x, delta if add else x, weight, total, out, scale, N, eps, C, ADD=add, **known)
+    norm_kernel[grid](x, ids, delta, weight, total, out, scale, N, eps, **known)
     return total, out, scale
 
 
@@ -175,11 +187,14 @@ def room_for_parts(x: Tensor, count: int) -> Tensor:
 
 
 def norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + delta (N, C), its RMSNorm, and one over the root mean square of each row (N)."""
+    """x + delta (N, C), its RMSNorm, and one over the root mean square of each row (N).
+
+    With ids (N), x is a table, whose rows they name.
+    """
     way = launch_norm if has_fused(x, x.size(1)) else plain_norm
-    return way(x, delta, weight, eps)
+    return way(x, delta, weight, eps, ids)
 
 
 def norm_back(

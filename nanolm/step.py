@@ -78,7 +78,7 @@ def layers_of(tensors: dict[str, Tensor], n_layer: int) -> list[LayerWeights]:
     ]
 
 
-# %% book/09b-step.md, exported cell 3 (1f082aa5)
+# %% book/09b-step.md, exported cell 3 (70aee424)
 class Kept(NamedTuple):
     """What the way back needs of a layer."""
 
@@ -124,9 +124,9 @@ class Forward:
         if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
             raise ValueError(f"token ids must be in 0..{c.vocab_size - 1}")  # a GPU would wait
         cos, sin = (table[:T] for table in self.tables)
-        x = self.embedding[ids.flatten()]
         following = [layer.attn_norm for layer in self.layers[1:]] + [self.norm]
-        x, y, scale = norm(x, None, self.layers[0].attn_norm, c.norm_eps)
+        first = self.layers[0].attn_norm
+        x, y, scale = norm(self.embedding, None, first, c.norm_eps, ids.flatten())
         for layer, next_norm in zip(self.layers, following, strict=True):
             qkv = y @ layer.qkv.T
             rotate(qkv.view(B, T, -1), cos, sin, c.n_head + c.n_kv_head)
@@ -197,7 +197,7 @@ def clip_scale(grads: list[Tensor], count: int, max_norm: float) -> tuple[Tensor
     return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0) / count
 
 
-# %% book/09b-step.md, exported cell 6 (ed904781)
+# %% book/09b-step.md, exported cell 6 (f4a4c65f)
 class Rows(NamedTuple):
     """A group of parameters: each kind of number in a row, and what the optimizer is told."""
 
@@ -215,7 +215,8 @@ def adopt(
 ) -> tuple[list[Rows], dict[str, Tensor], dict[str, Tensor]]:
     """Lay each group's tensors side by side; its parameters and their state become views.
 
-    Returns the rows, and by name each parameter's copy in `dtype` and the place of its gradient.
+    Returns the rows, and by name each parameter's copy in `dtype` (in float32, if its group has no
+    matrices) and the place of its gradient.
     ValueError for parameters that are not all of the model's, not float32 or frozen, or that have
     taken unequal numbers of steps.
     """
@@ -233,7 +234,8 @@ def adopt(
             held[name] = [optimizer.state[p].get(name, torch.zeros_like(p)) for p in params]
         for name in held:
             row[name], views[name] = side_by_side(held[name], torch.float32)
-        low_row, low_views = side_by_side(held["weight"], dtype)
+        kind = dtype if any(p.ndim > 1 for p in params) else torch.float32  # vectors are few
+        low_row, low_views = side_by_side(held["weight"], kind)
         grad, grad_views = side_by_side(held["exp_avg"], torch.float32)
         for i, p in enumerate(params):
             p.data = views["weight"][i]

@@ -18,7 +18,7 @@ CARDS = (80, 86, 89, 90)
 SIZES = ((256, 32000, True), (256, 32000, False), (64, 1401, True), (768, 50257, True))
 
 
-def compiled(card, D, V, grads):
+def compiled(card, D, V, grads, at_once=False):
     """What each of the three kernels takes."""
     tiles = loss.HOPPER_TILES if card == 90 else loss.OTHER_TILES
     hidden = torch.empty(512, D, dtype=torch.bfloat16, device="meta")
@@ -27,11 +27,16 @@ def compiled(card, D, V, grads):
     with (
         compile_only(card) as found,
         mock.patch.object(loss, "set_product", lambda *_, **__: None),
+        mock.patch.object(loss, "choose_loss_tiles", lambda _: (tiles, 4)),
+        mock.patch.object(loss, "can_at_once", lambda _: at_once),
     ):
-        loss.launch_loss(hidden, weight, targets, -100, grads, tiles, splits=4)
+        loss.launch_loss(hidden, weight, targets, -100, grads, splits=4)
     case = f"sm_{card}-D{D}-V{V}" + "-grads" * grads
     return [{"case": case, "kernel": name} | resources(kernel) for name, kernel in found]
 
 
 if __name__ == "__main__":
-    print(json.dumps([row for card in CARDS for size in SIZES for row in compiled(card, *size)]))
+    rows = [row for card in CARDS for size in SIZES for row in compiled(card, *size)]
+    for D, V in ((256, 32000), (64, 1401)):
+        rows += compiled(90, D, V, True, at_once=True)
+    print(json.dumps(rows))

@@ -67,6 +67,9 @@ def test_norm(N, C, added):
     given = x, delta if added else None, weight, 1e-5
     found = guarded(fused.launch_norm, *given)
     as_near(found, fused.plain_norm(*given), fused.plain_norm(*wide(given)))
+    picked = x, None, weight, 1e-5, torch.randint(N, (N + 3,)).to(DEVICE)
+    found = guarded(fused.launch_norm, *picked)
+    as_near(found, fused.plain_norm(*picked), fused.plain_norm(*wide(picked)))
 
 
 @with_kernels

@@ -41,7 +41,7 @@ NAMES = ("loss", "d_hidden", "d_weight")
 IGNORE = -100
 SMALL = LossTiles(16, 16, 4, 2)
 BOXES = LossTiles(32, 16, 4, 2, True)
-TILES = [OTHER_TILES, SMALL, BOXES, HOPPER_TILES]
+TILES = [OTHER_TILES, SMALL, BOXES, HOPPER_TILES] + [None] * ON_GPU  # None: what a card uses
 
 
 def test_where_triton_is_kernels_run():
@@ -110,6 +110,14 @@ SIZES = [  # tokens, words, channels, rows of a chunk, shares of the vocabulary
     (20, 50, 384, 0, 2),
     (5, 1401, 128, 0, 40),
 ]
+if ON_GPU:  # more for the kernel that only a card can run
+    SIZES += [
+        (1, 1, 256, 0, 0),
+        (300, 1000, 256, 128, 3),
+        (129, 257, 64, 0, 2),
+        (4000, 4096, 256, 0, 0),
+    ]
+    SIZES += [(513, 513, 128, 256, 9), (128, 256, 256, 0, 1), (700, 32000, 256, 0, 0)]
 
 
 @with_kernels
@@ -117,7 +125,8 @@ SIZES = [  # tokens, words, channels, rows of a chunk, shares of the vocabulary
 @pytest.mark.parametrize("tiles", TILES, ids=label)
 def test_every_size(N, V, D, rows, splits, tiles):
     given = some(N, V, D)
-    rows = -(-rows // tiles.ROWS) * tiles.ROWS  # a chunk is whole tiles
+    whole = tiles.ROWS if tiles else 128
+    rows = -(-rows // whole) * whole  # a chunk is whole tiles
     assert_accurate(by_kernels(*given, tiles=tiles, rows=rows, splits=splits), *given)
 
 
@@ -454,7 +463,8 @@ def test_kernels_fit_the_cards_and_spill_nothing():
     run = subprocess.run(script, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     rows = json.loads(run.stdout)
-    assert len(rows) == 4 * 4 * 3
+    assert len(rows) == (4 * 4 + 2) * 3
+    assert sum(row["kernel"] == "weigh_at_once_kernel" for row in rows) == 2
     for row in rows:
         card = int(row["case"].partition("-")[0].removeprefix("sm_"))
         assert row["shared"] <= SHARED[card] * 1024 and row["stack"] == 0, row
