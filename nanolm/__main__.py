@@ -110,7 +110,7 @@ def guarded(command: Callable[[], int]) -> int:
         return 2
 
 
-# %% book/16-command-line.md, exported cell 4 (23908e98)
+# %% book/16-command-line.md, exported cell 4 (25e20ae1)
 def configs(args: argparse.Namespace) -> tuple[ModelConfig, TrainConfig]:
     """The configs of a run: a preset or, with `--resume`, the saved ones; on top what was typed."""
     model, config = ModelConfig.preset(args.preset), TrainConfig.preset(args.preset)
@@ -127,6 +127,8 @@ def train_command(args: argparse.Namespace) -> int:
     """`nanolm train`: train a model, or go on with an interrupted run."""
     model, config = configs(args)
     run = train(model, config, resume=args.resume, progress=sys.stderr.isatty())
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        return 0
     if load_checkpoint(run).step < config.steps:  # cut short; train has said how to go on
         return 130
     place = shlex.quote(str(run))

@@ -68,13 +68,13 @@ def span(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-# %% book/08c-logs.md, exported cell 4 (c01b7a67)
+# %% book/08c-logs.md, exported cell 4 (40776987)
 def open_tensorboard(run: Path) -> tuple[Callable, Callable]:
     """Functions to log a row, and to close. Older events from the first row's step on go."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError("TensorBoard is not here: pip install 'nanolm[tensorboard]'") from None
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'nanolm[tensorboard]'") from None
     made: list[Any] = []  # the first row makes it: before that, nothing is written
 
     def write(row: dict[str, Any]) -> None:
@@ -91,8 +91,8 @@ def open_wandb(run: Path, project: str, config: dict[str, Any]) -> tuple[Callabl
     """Functions to log a row, and to finish. A resumed run goes on in the same record."""
     try:
         import wandb
-    except ImportError:
-        raise ImportError("wandb is not here: pip install 'nanolm[wandb]'") from None
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'nanolm[wandb]'") from None
     made: list[Any] = []
 
     def write(row: dict[str, Any]) -> None:

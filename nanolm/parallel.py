@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 3ab1c43a
+# The seal of all that stands in no cell: edf7aa55
 """`nanolm.parallel`, derived in the book, where each line has its reason:
 
 - book/09c-parallel.md: Several processes
@@ -8,6 +8,7 @@ with `python -m nanolm.tangle --update`.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-# %% book/09c-parallel.md, exported cell 1 (52bb7300)
+# %% book/09c-parallel.md, exported cell 1 (9996c1ec)
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 PATIENCE = timedelta(hours=2)  # for the main process, while it prepares the text
 
@@ -42,7 +43,7 @@ class LossModule(nn.Module):
         return self.loss_of(inputs, targets)
 
 
-@dataclass
+@dataclass(eq=False)
 class Team:
     """The processes that train a model together, as one of them sees it. Alone, it does nothing."""
 
@@ -50,6 +51,7 @@ class Team:
     size: int = 1
     device: torch.device = torch.device("cpu")
     vote: list[Any] = field(default_factory=list)  # the ballot under way
+    token: Tensor = field(default_factory=lambda: torch.zeros(1))
 
     @property
     def main(self) -> bool:
@@ -70,7 +72,7 @@ class Team:
     def wait(self) -> None:
         """Return when all have called this."""
         if self.size > 1:
-            dist.all_reduce(torch.zeros(1))
+            dist.all_reduce(self.token)  # which outlives the thread that sends it
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -107,14 +109,17 @@ class Team:
 
     def lost(self, error: RuntimeError) -> Exception:
         """The error itself or, where it says that the others are gone, that in one line."""
-        words = str(error).strip().splitlines() or [""]
+        words = re.sub(r"^\[[^]]*\] *", "", str(error).strip()).splitlines() or [""]
         if self.size == 1 or not ("gloo" in str(error) or "NCCL" in str(error)):
             return error
         who = f"process {self.rank} of {self.size}"
-        return ConnectionError(f"{who} has lost another, which should say why: {words[0][:200]}")
+        return ConnectionError(f"{who} has lost another, which should say why: {words[0][:80]}")
 
     def leave(self) -> None:
-        """Part as friends: after the last step, when nobody waits for anybody."""
+        """Part as friends: after the last step, when nobody waits for anybody.
+
+        No recorded step, and no loss function of `share`, may be kept for use after it.
+        """
         if self.vote:
             self.vote[0].wait()
         if self.size > 1:

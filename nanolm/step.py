@@ -269,7 +269,7 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 8 (bdebdd2f)
+# %% book/09b-step.md, exported cell 8 (b2716787)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
@@ -364,6 +364,10 @@ class GraphedStep:
         _, graph, (loss, norm) = self.replays[options]
         graph.replay()
         return loss.clone(), norm.clone()
+
+    def forget(self) -> None:
+        """Drop the recordings: those of several processes hold on to what connects these."""
+        self.replays.clear()
 
     @torch.no_grad()
     def __call__(self, micro: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

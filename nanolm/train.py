@@ -588,18 +588,22 @@ def open_run(
     return run
 
 
-# %% book/09-train.md, exported cell 20 (f353f247)
+# %% book/09-train.md, exported cell 20 (1c46469e)
 @contextmanager
 def caught_signals(once: bool = True) -> Iterator[list[int]]:
     """Collect Ctrl-C and SIGTERM in a list instead of dying; a second one interrupts at once.
 
+    A second SIGTERM within a second is an echo: `timeout` sends it to a process and to its group.
     Unless not `once`: several processes may each be told twice, by a terminal and by `torchrun`,
     which knows itself what to do with those that do not end.
     """
     caught: list[int] = []
+    first: list[float] = []
 
     def note(number: int, frame: Any) -> None:
-        if caught and once:
+        first.append(time.monotonic())
+        echo = number == signal.SIGTERM and first[-1] - first[0] < 1
+        if caught and once and not echo:
             raise KeyboardInterrupt
         caught.append(number)
 
@@ -640,7 +644,7 @@ def equal_bits(wanted: bool) -> Iterator[None]:
             inductor.deterministic = chosen
 
 
-# %% book/09-train.md, exported cell 22 (6d2f4fa4)
+# %% book/09-train.md, exported cell 22 (c8767fa7)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -701,6 +705,9 @@ def train(
                 raise OSError(f"stopped at step {run.step}: {error}; {command}") from error
             finally:
                 run.diary.close()
+        if run.graphed is not None:
+            run.graphed.forget()
+        del run
         team.leave()
     except RuntimeError as error:
         if (lost := team.lost(error)) is error:

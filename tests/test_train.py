@@ -1,5 +1,6 @@
 """The training loop: nothing is lost, nothing disturbs it, and bad input costs one line."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -113,6 +114,14 @@ def test_a_run_cut_off_and_resumed_is_the_uninterrupted_run(config, whole, step)
         train(MODEL, config, log=crash_at(step))
     torch.manual_seed(99)  # a new process has another random state
     assert_same_run(train(MODEL, config, resume=True, log=quiet), whole)
+
+
+def test_compiled_too(config):
+    plan = replace(config, compile=True, steps=8, warmup_steps=2, checkpoint_every=3, eval_every=0)
+    run = train(MODEL, replace(plan, name="through"), log=quiet)
+    with pytest.raises(Crash):
+        train(MODEL, replace(plan, log_every=1), log=lambda line: crash_at(5)(f"step 0{line[5:]}"))
+    assert_same_run(train(MODEL, plan, resume=True, log=quiet), run)
 
 
 def test_the_test_above_crosses_epochs(config, prepared):
@@ -608,6 +617,25 @@ def test_second_ctrl_c_interrupts_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_second_sigterm_at_once_is_an_echo_and_a_later_one_is_not(monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt), loop.caught_signals() as caught:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGTERM] * 2
+        now[0] += 2
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.skipif(not shutil.which("timeout"), reason="needs timeout")
+def test_a_run_under_timeout_is_saved(config):
+    run = plan(replace(config, steps=100_000, checkpoint_every=0, eval_every=0))
+    command = ["timeout", "20", sys.executable, "-c", SCRIPT, str(run), "new", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert "stopped and saved after step" in done.stdout, done.stderr
+
+
 def test_training_in_a_thread(config):
     runs: list[Path] = []
     short = replace(config, steps=5)
@@ -711,6 +739,66 @@ def test_changed_text_is_refused(config, whole, prepared, tmp_path):
         train(MODEL, moved, resume=True, log=quiet)
 
 
+def test_text_of_the_same_size_but_other_words_is_refused(config, whole, prepared, tmp_path):
+    """Its sums are others, though every count is the same."""
+    other = Path(shutil.copytree(prepared, tmp_path / "other"))
+    content = bytearray((other / "train-00000.bin").read_bytes())
+    content[:2], content[2:4] = content[2:4], content[:2]
+    assert content[:2] != content[2:4]
+    (other / "train-00000.bin").write_bytes(content)
+    about = json.loads((other / "train-00000.json").read_text())
+    about["sha256"] = hashlib.sha256(content).hexdigest()
+    (other / "train-00000.json").write_text(json.dumps(about))
+    path = whole / "config.json"
+    path.write_text(path.read_text().replace(str(prepared), str(other)))
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    moved = replace(config, name="whole", data=(str(other),))
+    with pytest.raises(ValueError, match="training text has changed"):
+        train(MODEL, moved, resume=True, log=quiet)
+    assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+
+
+def test_two_trainings_into_one_folder(config, whole):
+    """The second one is kept out while the first one is at work, and changes nothing."""
+    refused: list[str] = []
+
+    def busy(line: str) -> None:
+        if line.startswith("step 27/"):
+            with pytest.raises(ValueError, match="another process is training") as error:
+                train(MODEL, more, resume=True, log=quiet)
+            refused.append(str(error.value))
+
+    more = replace(config, name="whole", steps=30)
+    train(MODEL, more, resume=True, log=busy)
+    assert len(refused) == 1 and load_checkpoint(whole).step == 30
+
+
+def test_equal_bits_are_asked_of_pytorch_and_no_longer_than_wanted(config, monkeypatch):
+    import torch._inductor.config as inductor
+
+    seen = []
+    step = loop.train_step
+
+    def look(run):
+        fill = torch.utils.deterministic.fill_uninitialized_memory
+        seen.append((torch.are_deterministic_algorithms_enabled(), fill))
+        seen.append(getattr(inductor, "deterministic", True))
+        step(run)
+
+    monkeypatch.setattr(loop, "train_step", look)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    train(MODEL, replace(config, steps=5), log=quiet)
+    assert set(seen[::2]) == {(False, True)} and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    seen.clear()
+    train(MODEL, replace(config, steps=5, deterministic=True, name="b"), log=quiet)
+    assert set(seen[::2]) == {(True, False)} and set(seen[1::2]) == {True}
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert not getattr(inductor, "deterministic", False)
+
+
 def test_tokenizer_from_a_file_and_another_one(config, prepared, tmp_path):
     given = replace(config, tokenizer=str(prepared / "tokenizer.json"), steps=5)
     run = train(MODEL, replace(given, data=("fables:16",), val_fraction=0.3), log=quiet)
@@ -762,6 +850,17 @@ def test_prompt_longer_than_the_context_is_refused_at_the_start(config, tmp_path
     with pytest.raises(ValueError, match="prompt"):
         train(MODEL, replace(config, sample_prompt="fox " * 99), log=quiet)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("how", [{}, {"graph": False}, {"graph": False, "compile": True}])
+def test_equal_bits_on_a_gpu(config, how):
+    plan = replace(config, device="cuda", deterministic=True, **how)
+    run = train(MODEL, replace(plan, name="through"), log=quiet)
+    with pytest.raises(Crash):
+        train(MODEL, plan, log=crash_at(18))
+    torch.compiler.reset()
+    assert_same_run(train(MODEL, plan, resume=True, log=quiet), run)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
