@@ -269,7 +269,7 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 8 (32ab66a7)
+# %% book/09b-step.md, exported cell 8 (b2716787)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
@@ -314,7 +314,7 @@ class GraphedStep:
     def update(self, loss: Tensor) -> Tensor:
         """Clip, update every row and its low copy; the norm of the mean gradient before."""
         norm, scale = clip_scale([rows.grad for rows in self.rows], self.count, self.limit)
-        good = (loss + norm).isfinite()
+        good = (loss + norm if self.reduce is None else norm).isfinite()  # the norm is everyone's
         self.good.copy_(good & self.good if self.latch else good)
         for rows in self.rows:
             options = {name: rows.group[name] for name in ("betas", "eps", "weight_decay")}
@@ -364,6 +364,10 @@ class GraphedStep:
         _, graph, (loss, norm) = self.replays[options]
         graph.replay()
         return loss.clone(), norm.clone()
+
+    def forget(self) -> None:
+        """Drop the recordings: those of several processes hold on to what connects these."""
+        self.replays.clear()
 
     @torch.no_grad()
     def __call__(self, micro: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 
-# %% book/09-train.md, exported cell 1 (2ff09f19)
+# %% book/09-train.md, exported cell 1 (7d05b6a8)
 Log = Callable[[str], Any]
 
 
@@ -89,6 +89,7 @@ class TrainConfig:
     beta1: float = _option(0.9, "memory of the mean gradient (fraction)", 0, 1)
     beta2: float = _option(0.95, "memory of the mean square gradient (fraction)", 0, 1)
     grad_clip: float = _option(1.0, "largest global gradient norm (0: no limit)", 0)
+    on_nan: str = _option("stop", "at a loss or gradient that is not finite: stop or skip the step")
     eval_every: int = _option(200, "validate every so often (steps; 0: never)", 0)
     eval_batches: int = _option(16, "fixed batches to validate on (count)", 1)
     sample_every: int = _option(1000, "show a sample every so often (steps; 0: never)", 0)
@@ -129,6 +130,8 @@ class TrainConfig:
             raise ValueError(f"name must be a plain folder name, not {self.name!r}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype must be auto, float32 or bfloat16, not {self.dtype!r}")
+        if self.on_nan not in ("stop", "skip"):
+            raise ValueError(f"on_nan must be stop or skip, not {self.on_nan!r}")
         if not self.data or not all(isinstance(part, str) for part in self.data + self.val_data):
             raise ValueError("data must name at least one source of text, by words")
 
@@ -278,7 +281,7 @@ def load_run(run: str | Path) -> tuple[ModelConfig, TrainConfig]:
     return model, config
 
 
-# %% book/09-train.md, exported cell 10 (8d0bbd5f)
+# %% book/09-train.md, exported cell 10 (db5cb2b9)
 @dataclass
 class Run:
     """All that a training run holds between two steps."""
@@ -300,14 +303,18 @@ class Run:
     graphed: Any = None  # a GraphedStep, where there is one
     peak: float | None = None  # operations a second, of all cards together
     step: int = 0
+    skipped: int = 0  # steps in a row whose loss or gradient was not finite
     pending: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
     clock: float = field(default_factory=time.perf_counter)
     pace: tuple[int, float] | None = None  # a step, and when it was done
 
 
-# %% book/09-train.md, exported cell 11 (5e194cfc)
+# %% book/09-train.md, exported cell 11 (a09181c7)
 def train_step(run: Run) -> None:
-    """One optimizer step. Nothing here waits for the device: loss and norm stay tensors."""
+    """One optimizer step, which a loss or gradient that is not finite does not take.
+
+    The recorded step waits for nothing: loss and norm stay tensors.
+    """
     c, team = run.config, run.team
     schedule: Any = dict(peak=c.lr, warmup=c.warmup_steps, total=c.steps, floor=c.min_lr_ratio)
     lr = warmup_cosine(run.step, **schedule)
@@ -316,18 +323,23 @@ def train_step(run: Run) -> None:
     first = run.step * c.grad_accum * team.size  # the data cursor
     mine = range(first + team.rank, first + c.grad_accum * team.size, team.size)
     micro = (to_device(run.batches.batch(i), team.device) for i in mine)
+    good = True  # the recorded step sees to it by itself
     if run.graphed is not None:
         loss, norm = run.graphed(micro)
     else:
         run.optimizer.zero_grad(set_to_none=True)
         loss = accumulate(run.shared_loss, micro, c.grad_accum, run.before_last)
         norm = clip_grad_norm(run.model.parameters(), c.grad_clip or float("inf"))
-        run.optimizer.step()
+        good = bool((norm if team.size > 1 else loss + norm).isfinite())  # the same for all
+        if good:
+            run.optimizer.step()
     run.step += 1
     run.pending.append((loss, norm, lr))
+    if not good and c.on_nan == "stop":
+        collect(run)  # which raises
 
 
-# %% book/09-train.md, exported cell 12 (9a749d0c)
+# %% book/09-train.md, exported cell 12 (3100aad7)
 def resume_command(config: TrainConfig) -> str:
     """What to type to go on with a run."""
     where = "" if config.runs_dir == "runs" else f" --runs-dir {shlex.quote(config.runs_dir)}"
@@ -343,12 +355,21 @@ def go_on(run: Run) -> str:
 
 
 def diverged(run: Run, what: str, step: int) -> ValueError:
-    """The error for a number that is no longer one; the weights are as lost as it is."""
+    """The error for a number that is no longer one, with where the detective says that it began."""
+    from nanolm.debug import investigate  # which is derived after this chapter
+
     lower = f"a lower --lr: {resume_command(run.config)} --lr {run.config.lr / 3:.0e}"
-    return ValueError(f"the {what} is not finite at step {step}: {go_on(run)} {lower}")
+    ways, found = go_on(run), "the first process looks into it"
+    try:
+        if run.team.main:
+            found = investigate(run, what, step)
+    except Exception as error:  # the search must not hide what was found already
+        found = f"its cause was not found: {error}"
+    run.team.wait()  # or `torchrun` would end the search
+    return ValueError(f"the {what} is not finite at step {step}: {found}; {ways} {lower}")
 
 
-# %% book/09-train.md, exported cell 13 (c96616d5)
+# %% book/09-train.md, exported cell 13 (40070d60)
 def pace(run: Run, tokens_per_second: float) -> str:
     """How fast, which share of the card's peak that is (if known), and how long to the end."""
     shape, now = run.model.config, time.perf_counter()
@@ -358,6 +379,9 @@ def pace(run: Run, tokens_per_second: float) -> str:
     left = (run.config.steps - run.step) * (now - then) / (run.step - step)
     run.pace = run.pace or (run.step, now)  # counted from the first report: before, it compiles
     return f"  tok/s {tokens_per_second}{known}  left {span(left)}"
+
+
+MAX_SKIPPED = 10  # so many steps skipped in a row are too many
 
 
 def collect(run: Run) -> str:
@@ -373,16 +397,23 @@ def collect(run: Run) -> str:
     try:
         for i, (_, _, lr) in enumerate(run.pending):
             row = {"step": run.step - count + 1 + i, "loss": losses[i], "lr": lr}
-            for what, value in (("loss", losses[i]), ("gradient", norms[i])):
-                if not math.isfinite(value):
-                    raise diverged(run, what, row["step"])
-            rows.append(row | {"grad_norm": norms[i], "tokens_per_second": speed})
+            named = (("loss", losses[i]), ("gradient", norms[i]))
+            bad = next((what for what, value in named if not math.isfinite(value)), "")
+            run.skipped = run.skipped + 1 if bad else 0
+            if bad and c.on_nan == "stop":
+                raise diverged(run, bad, row["step"])
+            facts = {"grad_norm": norms[i], "tokens_per_second": speed}
+            rows.append({"step": row["step"], "skipped": bad} if bad else row | facts)
+        if run.skipped >= MAX_SKIPPED:
+            raise diverged(run, bad, run.step)
     finally:
         write_rows(run, *rows)
     step, rate = f"{run.step:0{len(str(c.steps))}}", f"{lr:.1e}".replace("e-0", "e-")
-    line = f"step {step}/{c.steps}  loss {sum(losses) / count:.3f}  lr {rate}{pace(run, speed)}"
+    good = [row["loss"] for row in rows if "loss" in row]
+    mean, skipped = sum(good) / max(len(good), 1), count - len(good)
+    line = f"step {step}/{c.steps}  loss {mean:.3f}  lr {rate}{pace(run, speed)}"
     run.pending.clear()
-    return line
+    return line + (f"  skipped {skipped}" if skipped else "")
 
 
 def write_rows(run: Run, *rows: dict[str, Any]) -> None:
@@ -488,7 +519,7 @@ def restore(run: Run, log: Log) -> None:
         log(f"{run.folder} is already finished: it has done its {run.step} steps")
 
 
-# %% book/09-train.md, exported cell 19 (b54b92f7)
+# %% book/09-train.md, exported cell 19 (44468dfe)
 def build_run(
     model_config: ModelConfig, config: TrainConfig, team: Team, prepared: Any, log: Log
 ) -> Run:
@@ -520,7 +551,8 @@ def speed_up(run: Run) -> None:
         from nanolm.step import GraphedStep  # which is derived after this chapter
 
         limits: Any = {"grad_accum": c.grad_accum, "grad_clip": c.grad_clip}
-        limits |= {"reduce": run.team.mean if run.team.size > 1 else None}
+        limits["reduce"] = run.team.mean if run.team.size > 1 else None
+        limits["latch"] = c.on_nan == "stop"
         run.graphed = GraphedStep(run.model, run.optimizer, **limits)
         run.loss_of = run.graphed.loss
     else:
