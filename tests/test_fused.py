@@ -189,6 +189,21 @@ def test_rows_are_added_up(runs, C):
 
 
 @with_kernels
+@pytest.mark.parametrize("ids", [[5, 1, 4], [-1, 2, 2], [9] * 70 + [1], [-3] * 40 + [3] * 40])
+def test_ids_that_are_no_words_touch_nothing_and_are_seen(ids):
+    ids, V = torch.tensor(ids).to(DEVICE), 4
+    (grad, table, weight) = some((len(ids), 16), (V, 16), 16)
+    place, right = (torch.ones(V, 16, device=DEVICE) for _ in range(2))
+    real = (ids >= 0) & (ids < V)
+    right.index_add_(0, ids[real], grad[real].float())
+    words, order = torch.sort(ids.int(), stable=True)
+    guarded(lambda *given: fused.launch_add_rows(place, *given), words, order, grad)
+    assert torch.allclose(place, right, atol=1e-4)
+    _, out, _ = guarded(fused.launch_norm, table, None, weight, 1e-5, ids)
+    assert torch.equal(out.isfinite().all(1), real)
+
+
+@with_kernels
 @pytest.mark.parametrize("seed", range(10))
 def test_rows_of_any_runs_are_added_up(seed):
     torch.manual_seed(seed)
@@ -236,7 +251,7 @@ def test_an_update_that_is_not_good_changes_nothing(way):
 
 def test_what_the_kernels_cannot_take_goes_the_plain_way():
     x = torch.zeros(3, 48)
-    assert not fused.has_fused(x, 48)
+    assert not fused.has_fused(48, x)
     gone = fused.norm(x + 1, None, torch.ones(48), 0.0)
     assert torch.equal(gone[1], x + 1)
 
@@ -244,8 +259,9 @@ def test_what_the_kernels_cannot_take_goes_the_plain_way():
 @on_gpu
 def test_on_a_gpu_bfloat16_of_a_fitting_width_goes_by_the_kernels():
     x = torch.zeros(3, 64, dtype=BF16, device="cuda")
-    assert fused.has_fused(x, 64)
-    assert not (fused.has_fused(x, 48) or fused.has_fused(x.float(), 64) or fused.has_fused(x, 8))
+    assert fused.has_fused(64, x, None)
+    for width, *others in ((48, x), (8, x), (64, x, x.float()), (64, x, x.expand(2, 3, 64))):
+        assert not fused.has_fused(width, *others)
 
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")

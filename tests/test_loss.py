@@ -112,7 +112,7 @@ SIZES = [  # tokens, words, channels, rows of a chunk, shares of the vocabulary
 ]
 if ON_GPU:  # more for the kernel that only a card can run
     SIZES += [
-        (1, 1, 256, 0, 0),
+        (1, 2, 256, 0, 0),
         (300, 1000, 256, 128, 3),
         (129, 257, 64, 0, 2),
         (4000, 4096, 256, 0, 0),

@@ -171,6 +171,31 @@ def test_a_copy_or_a_second_owner_says_so():
     second(micro_batches())
 
 
+def test_moments_that_were_replaced_are_noticed():
+    ((model, optimizer), _) = pair()
+    step = exact(model, optimizer)
+    step(micro_batches())
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(RuntimeError, match="loaded"):
+        step(micro_batches())
+
+
+def test_an_optimizer_that_is_refused_moves_nothing():
+    ((model, optimizer), _) = pair()
+    step = exact(model, optimizer)
+    with pytest.raises(ValueError, match="all parameters"):
+        exact(model, AdamW(list(model.parameters())[:-1]))
+    step(micro_batches())
+
+
+def test_ids_of_another_shape_are_refused():
+    ((model, optimizer), _) = pair()
+    step = exact(model, optimizer)
+    for shape in ((5,), (1, 2, 5), (0, 5), (2, 0), (1, 13)):
+        with pytest.raises(ValueError, match="ids must have shape"):
+            step.loss(*torch.zeros(2, *shape, dtype=torch.int64))
+
+
 def test_a_recording_that_fails_puts_everything_back(monkeypatch):
     ((model, optimizer), _) = pair()
     made = exact(model, optimizer)
