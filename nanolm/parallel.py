@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-# %% book/09c-parallel.md, exported cell 1 (9996c1ec)
+# %% book/09c-parallel.md, exported cell 1 (292cb153)
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 PATIENCE = timedelta(hours=2)  # for the main process, while it prepares the text
 
@@ -50,8 +50,8 @@ class Team:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    vote: list[Any] = field(default_factory=list)  # the ballot under way
-    token: Tensor = field(default_factory=lambda: torch.zeros(1))
+    vote: list[Any] = field(default_factory=list, repr=False)  # the ballot under way
+    token: Tensor = field(default_factory=lambda: torch.zeros(1), repr=False)
 
     @property
     def main(self) -> bool:

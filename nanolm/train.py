@@ -588,7 +588,7 @@ def open_run(
     return run
 
 
-# %% book/09-train.md, exported cell 20 (1c46469e)
+# %% book/09-train.md, exported cell 20 (6f5a7259)
 @contextmanager
 def caught_signals(once: bool = True) -> Iterator[list[int]]:
     """Collect Ctrl-C and SIGTERM in a list instead of dying; a second one interrupts at once.
@@ -613,6 +613,10 @@ def caught_signals(once: bool = True) -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
+    except BaseException:
+        if not once:  # `torchrun` is about to tell us to end, but first we say why
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

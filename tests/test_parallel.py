@@ -140,7 +140,7 @@ def stop(rank):
             signal.raise_signal(signal.SIGTERM)  # a terminal and torchrun may both say so
     loop.train_step = train_step
     train(model, replace(plan, name="stopped"), log=lambda line: print("log:", line))
-    print(f"rank {rank} left at {step_folders(home / 'stopped')[-1].name}\n", end="")
+    print(f"rank {rank} left at {step_folders(home / 'stopped')[-1].name}\\n", end="")
 
 assert together(2, stop)[0] == [0, 0]
 assert goes(2, "stopped") == [0, 0]
