@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 71bd02fb
+# The seal of all that stands in no cell: 6a472270
 """`nanolm.sample`, derived in the book, where each line has its reason:
 
 - book/11-sample.md: Sampling
@@ -8,8 +8,10 @@ with `python -m nanolm.tangle --update`.
 """
 
 import codecs
+import math
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -46,11 +48,18 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     return torch.empty_like(logits).scatter(-1, order, ordered)  # back to the old order
 
 
-# %% book/11-sample.md, exported cell 3 (37150344)
+# %% book/11-sample.md, exported cell 3 (42e3c385)
+def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+    """Exclude what is less than min_p times as likely as the likeliest (Nguyen et al. 2024)."""
+    least = logits.amax(-1, keepdim=True) + math.log(min_p)
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+# %% book/11-sample.md, exported cell 4 (50289038)
 GREEDY_BELOW = 1e-5  # a temperature under this would overflow the division
 
 
-def check_filters(temperature: float, top_k: int, top_p: float) -> None:
+def check_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """Raise a ValueError for settings that name no distribution."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be zero (greedy) or more, not {temperature}")
@@ -58,17 +67,21 @@ def check_filters(temperature: float, top_k: int, top_p: float) -> None:
         raise ValueError(f"top_k must be zero (off) or more, not {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be more than 0 and at most 1 (off), not {top_p}")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be at least 0 (off) and at most 1, not {min_p}")
 
 
-# %% book/11-sample.md, exported cell 4 (b0a648f1)
-def filter_logits(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Temperature, then top-k, then top-p: the logits (..., V) float of what may be drawn.
+# %% book/11-sample.md, exported cell 5 (b8b6a032)
+def filter_logits(
+    logits: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0
+) -> Tensor:
+    """Temperature, then top-k, top-p and min-p: the logits (..., V) float of what may be drawn.
 
     Temperature 0 keeps the greatest logit alone (the first, if several are equal). Raises
     ValueError for settings out of range and for logits that are NaN or infinite (minus infinity
     is allowed: it excludes a token).
     """
-    check_filters(temperature, top_k, top_p)
+    check_filters(temperature, top_k, top_p, min_p)
     logits = logits.float()
     if not logits.amax(-1).isfinite().all():  # NaN wins every maximum
         raise ValueError("the logits hold NaN or infinity: the model has diverged")
@@ -78,16 +91,27 @@ def filter_logits(logits: Tensor, *, temperature: float, top_k: int, top_p: floa
     logits = logits / temperature
     if top_k:
         logits = keep_top_k(logits, top_k)
-    return keep_top_p(logits, top_p) if top_p < 1 else logits
+    if top_p < 1:
+        logits = keep_top_p(logits, top_p)
+    return keep_min_p(logits, min_p) if min_p else logits
 
 
-# %% book/11-sample.md, exported cell 5 (cf1ce83c)
+# %% book/11-sample.md, exported cell 6 (b21f5886)
+def pick(filtered: Tensor, uniform: Tensor) -> Tensor:
+    """The ids (...) that uniform numbers (..., 1) hit, given filtered logits (..., V)."""
+    probs = filtered.softmax(-1)
+    mass = probs.cumsum(-1).masked_fill(probs == 0, 0.0)  # what is excluded can never be hit
+    target = uniform.to(mass.device) * mass.amax(-1, keepdim=True)
+    return (mass > target).to(torch.uint8).argmax(-1)  # the first that passes the target
+
+
 def sample_logits(
     logits: Tensor,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw one id (...) from each row of logits (..., V), by inverting the cumulative sum.
@@ -96,16 +120,14 @@ def sample_logits(
     means the same uniform numbers everywhere, and the same ids where the logits are the same
     to the last digit. Raises ValueError as `filter_logits` does.
     """
-    filtered = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    probs = filtered.softmax(-1)
-    mass = probs.cumsum(-1).masked_fill(probs == 0, 0.0)  # what is excluded can never be hit
+    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    filtered = filter_logits(logits, **filters)  # type: ignore[arg-type]
     device = "cpu" if generator is None else generator.device
-    uniform = torch.rand(*mass.shape[:-1], 1, generator=generator, device=device)
-    target = uniform.to(mass.device) * mass.amax(-1, keepdim=True)
-    return (mass > target).to(torch.uint8).argmax(-1)  # the first that passes the target
+    uniform = torch.rand(*filtered.shape[:-1], 1, generator=generator, device=device)
+    return pick(filtered, uniform)
 
 
-# %% book/11-sample.md, exported cell 6 (485fe43d)
+# %% book/11-sample.md, exported cell 7 (485fe43d)
 def repetition_penalty(logits: Tensor, ids: Sequence[int] | Tensor, penalty: float) -> Tensor:
     """Make every id that has occurred less likely (Keskar et al. 2019), whatever its sign.
 
@@ -127,10 +149,10 @@ def repetition_penalty(logits: Tensor, ids: Sequence[int] | Tensor, penalty: flo
     return logits.scatter(-1, seen, torch.where(old > 0, old / penalty, old * penalty))
 
 
-# %% book/11-sample.md, exported cell 7 (52ec0874)
+# %% book/11-sample.md, exported cell 8 (41e62940)
 @dataclass(frozen=True)
 class SampleConfig:
-    """How to continue a text; the filters act in the order penalty, temperature, top-k, top-p."""
+    """How to continue a text. Filters act in the order penalty, temperature, top-k, top-p, min-p."""
 
     max_tokens: int = field(default=256, metadata={"help": "longest continuation (tokens)"})
     temperature: float = field(
@@ -139,6 +161,9 @@ class SampleConfig:
     top_k: int = field(default=0, metadata={"help": "keep this many likeliest tokens; 0 is off"})
     top_p: float = field(
         default=1.0, metadata={"help": "keep the fewest tokens of this probability; 1 is off"}
+    )
+    min_p: float = field(
+        default=0.0, metadata={"help": "drop what is under this share of the likeliest; 0 is off"}
     )
     repetition_penalty: float = field(
         default=1.0, metadata={"help": "discourage tokens already there (factor); 1 is off"}
@@ -150,33 +175,77 @@ class SampleConfig:
     stop: tuple[str, ...] = field(
         default=(), metadata={"help": "end before any of these strings (text)"}
     )
+    stop_tokens: tuple[str, ...] = field(
+        default=(), metadata={"help": "end at any of these tokens, as end of text does (text)"}
+    )
+    context: str = field(
+        default="slide",
+        metadata={"help": "past the context: slide (forget the beginning) or refuse (an error)"},
+    )
 
     def __post_init__(self) -> None:
-        check_filters(self.temperature, self.top_k, self.top_p)
+        check_filters(self.temperature, self.top_k, self.top_p, self.min_p)
         repetition_penalty(torch.zeros(1), (), self.repetition_penalty)
         if self.max_tokens < 0:
             raise ValueError(f"max_tokens must be zero or more, not {self.max_tokens}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2**63, not {self.seed}")
-        if isinstance(self.stop, str) or "" in self.stop:
-            raise ValueError(f"stop must be a tuple of strings, none empty, not {self.stop!r}")
+        for name in ("stop", "stop_tokens"):
+            words = getattr(self, name)
+            if isinstance(words, str) or not all(isinstance(w, str) and w for w in words):
+                raise ValueError(f"{name} must be a tuple of strings, none empty, not {words!r}")
+        if self.context not in ("slide", "refuse"):
+            raise ValueError(f"context must be slide or refuse, not {self.context!r}")
 
 
-# %% book/11-sample.md, exported cell 8 (5602aeef)
-def next_logits(model: Transformer, ids: Sequence[int], cache: KVCache) -> Tensor:
-    """Read ids after what the cache holds; the logits (V,) of what comes next."""
-    device, training = next(model.parameters()).device, model.training
+# %% book/11-sample.md, exported cell 9 (2cd256d5)
+@contextmanager
+def evaluating(model: Transformer) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards as it was."""
+    training = model.training
     if training:
         model.eval()
     try:
-        hidden = model.hidden(torch.tensor([list(ids)], device=device), cache)  # (1, T, d_model)
-        return model.logits(hidden[0, -1])  # the head is wanted for the last position only
+        yield
     finally:
         if training:
             model.train()
 
 
-# %% book/11-sample.md, exported cell 9 (da380911)
+def next_logits(model: Transformer, ids: Sequence[int], cache: KVCache) -> Tensor:
+    """Read ids after what the cache holds; the logits (V,) of what comes next."""
+    device = next(model.parameters()).device
+    with evaluating(model):
+        hidden = model.hidden(torch.tensor([list(ids)], device=device), cache)  # (1, T, d_model)
+        return model.logits(hidden[0, -1])  # the head is wanted for the last position only
+
+
+# %% book/11-sample.md, exported cell 10 (93e37f7d)
+Log = Callable[[str], object]
+
+
+def check_prompt(
+    model: Transformer, ids: Sequence[int], config: SampleConfig, stop_ids: Collection[int] = ()
+) -> None:
+    """Raise a ValueError for a prompt that cannot be continued, or an end that cannot come."""
+    limit, size = model.config.max_seq_len, model.config.vocab_size
+    if not 0 < len(ids) <= limit:
+        raise ValueError(f"a prompt has 1 to {limit} tokens for this model, not {len(ids)}")
+    if config.context == "refuse" and len(ids) + config.max_tokens > limit:
+        whole = f"a prompt of {len(ids)} tokens and {config.max_tokens} more"
+        how = f"ask for at most {limit - len(ids)}, or let the window slide"
+        raise ValueError(f"{whole} do not fit the context of {limit}: {how}")
+    for token in stop_ids:
+        if not 0 <= token < size:
+            raise ValueError(f"unknown stop token {token}: this model's ids are 0 to {size - 1}")
+
+
+def say_slide(limit: int, log: Log) -> None:
+    """Tell that the beginning of the text is forgotten."""
+    half = max(limit // 2, 1)
+    log(f"the text has outgrown the context: the model now sees its last {half} to {limit} tokens")
+
+
 def generate_ids(
     model: Transformer,
     ids: Sequence[int],
@@ -184,20 +253,26 @@ def generate_ids(
     stop_ids: Collection[int] = (),
     *,
     vocab_size: int | None = None,
+    log: Log | None = None,
 ) -> Iterator[int]:
     """Continue ids one token at a time, until max_tokens or, unseen, one of stop_ids.
 
-    Past max_seq_len the window slides: the last half of the context is read again and the rest
-    forgotten. Ids from vocab_size up, where it is given, are never drawn. Raises ValueError at
-    once for a prompt that is empty or longer than max_seq_len.
+    Past max_seq_len the window slides, unless config.context refuses: the last half of the context
+    is read again and the rest forgotten, which log is told once. Ids from vocab_size up, where it
+    is given, are never drawn. Raises ValueError at once as `check_prompt` does.
     """
-    limit = model.config.max_seq_len
-    if not 0 < len(ids) <= limit:
-        raise ValueError(f"a prompt has 1 to {limit} tokens for this model, not {len(ids)}")
-    return _generate(model, list(ids), config, frozenset(stop_ids), vocab_size)
+    check_prompt(model, ids, config, stop_ids)
+    return _generate(model, list(ids), config, frozenset(stop_ids), vocab_size, log)
 
 
-# %% book/11-sample.md, exported cell 10 (47b01c2d)
+# %% book/11-sample.md, exported cell 11 (82c6fce8)
+def new_generator(seed: int | None) -> torch.Generator:
+    """Random numbers of our own, on the CPU: the global state is not touched."""
+    generator = torch.Generator()
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    return generator
+
+
 @torch.inference_mode()
 def _generate(
     model: Transformer,
@@ -205,13 +280,15 @@ def _generate(
     config: SampleConfig,
     stop_ids: frozenset[int],
     vocab_size: int | None,
+    log: Log | None,
 ) -> Iterator[int]:
-    generator = torch.Generator()  # our own: the global state is not touched
-    generator.seed() if config.seed is None else generator.manual_seed(config.seed)
+    generator = new_generator(config.seed)
     cache, fresh, limit = model.new_cache(1), context, model.config.max_seq_len
     for _ in range(config.max_tokens):
         if cache.length + len(fresh) > limit:
-            cache, fresh = model.new_cache(1), context[-max(limit // 2, 1) :]
+            if log:
+                say_slide(limit, log)
+            cache, fresh, log = model.new_cache(1), context[-max(limit // 2, 1) :], None
         logits = next_logits(model, fresh, cache)[:vocab_size]
         logits = repetition_penalty(logits, context, config.repetition_penalty)
         token = int(
@@ -220,6 +297,7 @@ def _generate(
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
+                min_p=config.min_p,
                 generator=generator,
             )
         )
@@ -230,7 +308,7 @@ def _generate(
         fresh = [token]
 
 
-# %% book/11-sample.md, exported cell 11 (dc717e49)
+# %% book/11-sample.md, exported cell 12 (dc717e49)
 def decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     """Bytes to text as they come, whole characters only; bytes that are no text become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -241,46 +319,72 @@ def decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
         yield text
 
 
-# %% book/11-sample.md, exported cell 12 (51dcc7dc)
-def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pass text on up to the first stop string to be completed, however it was cut into pieces.
+# %% book/11-sample.md, exported cell 13 (0f65fc4a)
+def cut_at_stop(held: str, stop: Sequence[str]) -> tuple[str, str, bool]:
+    """Held text as what may be shown, what has to wait, and whether a stop string was completed.
 
-    What may be the beginning of a stop string is held back until that is decided.
+    The first stop string to be completed counts; what may be the beginning of one has to wait.
     """
+    ends = [(held.find(s) + len(s), held.find(s)) for s in stop if s in held]
+    if ends:
+        return held[: min(ends)[1]], "", True
+    partial = [n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])]
+    ready = len(held) - max(partial, default=0)
+    return held[:ready], held[ready:], False
+
+
+def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """Pass text on up to the first stop string to be completed, however it was cut into pieces."""
     held = ""
     for piece in pieces:
-        held += piece
-        ends = [(held.find(s) + len(s), held.find(s)) for s in stop if s in held]
-        if ends:
-            held = held[: min(ends)[1]]
-            break
-        partial = [n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])]
-        ready = len(held) - max(partial, default=0)
+        ready, held, stopped = cut_at_stop(held + piece, stop)
         if ready:
-            yield held[:ready]
-            held = held[ready:]
+            yield ready
+        if stopped:
+            return
     if held:
         yield held
 
 
-# %% book/11-sample.md, exported cell 13 (04f90c19)
+# %% book/11-sample.md, exported cell 14 (5b2d2c7b)
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of a prompt; an empty one begins a document, or is a ValueError."""
+    end = tokenizer.special_tokens.get(END_OF_TEXT)
+    ids = tokenizer.encode(prompt) or ([] if end is None else [end])
+    if not ids:
+        raise ValueError("the prompt is empty and the tokenizer has no end-of-text to begin from")
+    return ids
+
+
+def ending_ids(tokenizer: Tokenizer, config: SampleConfig) -> tuple[int, ...]:
+    """The ids that end a text: the end of text, if there is one, and config.stop_tokens."""
+    end = tokenizer.special_tokens.get(END_OF_TEXT)
+    found = [] if end is None else [end]
+    for name in config.stop_tokens:
+        ids = tokenizer.encode(name, allowed_special="all")
+        if len(ids) != 1:
+            why = f"this tokenizer spells it with {len(ids)} tokens; give it as a stop string"
+            raise ValueError(f"unknown stop token {name!r}: {why}")
+        found += ids
+    return tuple(found)
+
+
+# %% book/11-sample.md, exported cell 15 (35b416cd)
 def stream(
     model: Transformer,
     tokenizer: Tokenizer,
     prompt: str = "",
     config: SampleConfig = SampleConfig(),
+    *,
+    log: Log | None = None,
 ) -> Iterator[str]:
     """The continuation of prompt, piece by piece, without the prompt.
 
-    Ends at the end-of-text token, at a stop string (not shown), or after max_tokens. An empty
-    prompt begins a document. Raises ValueError at once for a prompt that cannot be continued.
+    Ends at the end-of-text token, at a stop token or string (not shown), or after max_tokens. An
+    empty prompt begins a document. Raises ValueError at once for a prompt that cannot be continued.
     """
-    end = tokenizer.special_tokens.get(END_OF_TEXT)
-    stop_ids = () if end is None else (end,)
-    ids = tokenizer.encode(prompt) or list(stop_ids)
-    if not ids:
-        raise ValueError("the prompt is empty and the tokenizer has no end-of-text to begin from")
-    new = generate_ids(model, ids, config, stop_ids, vocab_size=tokenizer.vocab_size)
+    ids, ends = prompt_ids(tokenizer, prompt), ending_ids(tokenizer, config)
+    new = generate_ids(model, ids, config, ends, vocab_size=tokenizer.vocab_size, log=log)
     return until_stop(decode_stream(map(tokenizer.token_bytes, new)), config.stop)
 
 
@@ -289,19 +393,21 @@ def generate(
     tokenizer: Tokenizer,
     prompt: str = "",
     config: SampleConfig = SampleConfig(),
+    *,
+    log: Log | None = None,
 ) -> str:
     """The whole continuation of prompt, as `stream` gives it."""
-    return "".join(stream(model, tokenizer, prompt, config))
+    return "".join(stream(model, tokenizer, prompt, config, log=log))
 
 
-# %% book/11-sample.md, exported cell 14 (f8eb9ce6)
+# %% book/11-sample.md, exported cell 16 (f8eb9ce6)
 def columns(text: str) -> int:
     """How many columns of a terminal a text takes: wide characters two, combining marks none."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
 
 
-# %% book/11-sample.md, exported cell 15 (dcbd9516)
+# %% book/11-sample.md, exported cell 17 (dcbd9516)
 def wrapped(line: str, width: int) -> list[str]:
     """A line cut into rows of at most width columns (2 or more), at spaces where there are any."""
     rows, row = list[str](), ""
@@ -315,7 +421,7 @@ def wrapped(line: str, width: int) -> list[str]:
     return [*rows, row]
 
 
-# %% book/11-sample.md, exported cell 16 (f7e8b622)
+# %% book/11-sample.md, exported cell 18 (f7e8b622)
 def boxed(text: str, width: int = 72, title: str = "") -> str:
     """The text in a box `width` columns wide, wrapped, with control characters made visible."""
     if width < 8:
