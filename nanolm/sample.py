@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 6a472270
+# The seal of all that stands in no cell: 9b9aa9a7
 """`nanolm.sample`, derived in the book, where each line has its reason:
 
 - book/11-sample.md: Sampling
@@ -8,7 +8,6 @@ with `python -m nanolm.tangle --update`.
 """
 
 import codecs
-import math
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,8 +38,8 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
     return logits.masked_fill(logits < least, -torch.inf)
 
 
-# %% book/11-sample.md, exported cell 2 (7354e3e0)
-def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+# %% book/11-sample.md, exported cell 2 (d2bcc235)
+def keep_top_p(logits: Tensor, top_p: float | Tensor) -> Tensor:
     """Exclude all but the smallest set whose probability reaches top_p (Holtzman et al. 2020)."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     reached = ordered.softmax(-1).cumsum(-1)[..., :-1] >= top_p  # before the 2nd, 3rd, ...
@@ -48,10 +47,10 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     return torch.empty_like(logits).scatter(-1, order, ordered)  # back to the old order
 
 
-# %% book/11-sample.md, exported cell 3 (42e3c385)
-def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+# %% book/11-sample.md, exported cell 3 (8861f691)
+def keep_min_p(logits: Tensor, min_p: float | Tensor) -> Tensor:
     """Exclude what is less than min_p times as likely as the likeliest (Nguyen et al. 2024)."""
-    least = logits.amax(-1, keepdim=True) + math.log(min_p)
+    least = logits.amax(-1, keepdim=True) + torch.as_tensor(min_p).log()
     return logits.masked_fill(logits < least, -torch.inf)
 
 
@@ -149,10 +148,10 @@ def repetition_penalty(logits: Tensor, ids: Sequence[int] | Tensor, penalty: flo
     return logits.scatter(-1, seen, torch.where(old > 0, old / penalty, old * penalty))
 
 
-# %% book/11-sample.md, exported cell 8 (41e62940)
+# %% book/11-sample.md, exported cell 8 (4801e511)
 @dataclass(frozen=True)
 class SampleConfig:
-    """How to continue a text. Filters act in the order penalty, temperature, top-k, top-p, min-p."""
+    """How to continue a text; the order is penalty, temperature, top-k, top-p, min-p."""
 
     max_tokens: int = field(default=256, metadata={"help": "longest continuation (tokens)"})
     temperature: float = field(
