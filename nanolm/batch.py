@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: c583270f
+# The seal of all that stands in no cell: 9057a582
 """`nanolm.batch`, derived in the book, where each line has its reason:
 
 - book/11a-batch.md: Many texts at once
@@ -8,7 +8,7 @@ with `python -m nanolm.tangle --update`.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -147,7 +147,7 @@ def describe(
     return found
 
 
-# %% book/11a-batch.md, exported cell 7 (fd2e6df3)
+# %% book/11a-batch.md, exported cell 7 (2e4317f0)
 DEFAULT = SampleConfig()
 
 
@@ -165,7 +165,7 @@ class Text:
         config: SampleConfig = DEFAULT,
         alternatives: int = 0,
     ) -> None:
-        self.ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        self.ids = prompt_ids(tokenizer, prompt)
         self.tokenizer, self.config, self.alternatives = tokenizer, config, alternatives
         self.ends = ending_ids(tokenizer, config)
         self.generator = new_generator(config.seed)
@@ -295,12 +295,30 @@ class Batch:
         return steps
 
 
-# %% book/11a-batch.md, exported cell 9 (3c836f4c)
+# %% book/11a-batch.md, exported cell 9 (e65a3d70)
+def continue_texts(
+    model: Transformer, tokenizer: Tokenizer, texts: Sequence[Text], batch_size: int = 64
+) -> Iterator[Step]:
+    """Continue texts to their ends, up to batch_size at a time; each piece as it is made.
+
+    Raises ValueError before anything is written if one of them cannot be continued.
+    """
+    for text in texts:
+        check_prompt(model, text.ids, text.config, text.ends)
+    waiting = [text for text in texts if text.config.max_tokens]
+    batch = Batch(model, tokenizer, min(batch_size, max(len(waiting), 1)))
+    while waiting or batch.texts:
+        joining, waiting = waiting[: batch.room], waiting[batch.room :]
+        batch.join(joining)
+        yield from batch.step()
+
+
+# %% book/11a-batch.md, exported cell 10 (37375f28)
 @dataclass(frozen=True)
 class Completion:
     """A finished continuation and what is known about it."""
 
-    prompt: str
+    prompt: str | Sequence[int]
     text: str
     tokens: tuple[Token, ...]
     finish: str  # "stop": by a stop token or string; "length": max_tokens were made
@@ -315,7 +333,7 @@ class Completion:
 def generate_batch(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     configs: SampleConfig | Sequence[SampleConfig] = DEFAULT,
     *,
     batch_size: int = 64,
@@ -331,18 +349,11 @@ def generate_batch(
         raise ValueError(f"{len(prompts)} prompts need as many configs, or one, not {len(each)}")
     pairs = zip(prompts, each, strict=True)
     texts = [Text(tokenizer, prompt, config, alternatives) for prompt, config in pairs]
-    for text in texts:
-        check_prompt(model, text.ids, text.config, text.ends)
     said: dict[Text, str] = dict.fromkeys(texts, "")
     tokens: dict[Text, list[Token]] = {text: [] for text in texts}
-    waiting = [text for text in texts if text.config.max_tokens]
-    batch = Batch(model, tokenizer, min(batch_size, max(len(texts), 1)))
-    while waiting or batch.texts:
-        joining, waiting = waiting[: batch.room], waiting[batch.room :]
-        batch.join(joining)
-        for text, piece, new in batch.step():
-            said[text] += piece
-            tokens[text] += new
+    for text, piece, new in continue_texts(model, tokenizer, texts, batch_size):
+        said[text] += piece
+        tokens[text] += new
     return [
         Completion(prompt, said[t], tuple(tokens[t]), t.finish or "length", t.slid)
         for prompt, t in zip(prompts, texts, strict=True)

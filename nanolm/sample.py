@@ -345,11 +345,12 @@ def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
         yield held
 
 
-# %% book/11-sample.md, exported cell 14 (5b2d2c7b)
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+# %% book/11-sample.md, exported cell 14 (8261e655)
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
     """The ids of a prompt; an empty one begins a document, or is a ValueError."""
     end = tokenizer.special_tokens.get(END_OF_TEXT)
-    ids = tokenizer.encode(prompt) or ([] if end is None else [end])
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    ids = ids or ([] if end is None else [end])
     if not ids:
         raise ValueError("the prompt is empty and the tokenizer has no end-of-text to begin from")
     return ids
@@ -368,16 +369,16 @@ def ending_ids(tokenizer: Tokenizer, config: SampleConfig) -> tuple[int, ...]:
     return tuple(found)
 
 
-# %% book/11-sample.md, exported cell 15 (35b416cd)
+# %% book/11-sample.md, exported cell 15 (31ce953e)
 def stream(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: str = "",
+    prompt: str | Sequence[int] = "",
     config: SampleConfig = SampleConfig(),
     *,
     log: Log | None = None,
 ) -> Iterator[str]:
-    """The continuation of prompt, piece by piece, without the prompt.
+    """The continuation of prompt (text or ids), piece by piece, without the prompt.
 
     Ends at the end-of-text token, at a stop token or string (not shown), or after max_tokens. An
     empty prompt begins a document. Raises ValueError at once for a prompt that cannot be continued.
@@ -390,7 +391,7 @@ def stream(
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: str = "",
+    prompt: str | Sequence[int] = "",
     config: SampleConfig = SampleConfig(),
     *,
     log: Log | None = None,
