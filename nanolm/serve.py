@@ -216,7 +216,7 @@ def read_prompts(value: Any, vocab_size: int) -> list[str | list[int]]:
     return list(found)
 
 
-# %% book/11c-serve.md, exported cell 4 (3f4e4723)
+# %% book/11c-serve.md, exported cell 4 (bb73ba0f)
 @dataclass(frozen=True)
 class Order:
     """A request that has been understood: its texts, prompt by prompt, n for each."""
@@ -245,15 +245,16 @@ def read_order(body: Any, engine: Engine, name: str) -> Order:
             raise Refusal(f"{field} must be from {low} to {high}, not {body[field]}", param=field)
     if body.get("echo") and "logprobs" in body:
         raise Refusal("echo and logprobs together are not supported", param="echo")
-    stop, stop_tokens = body.get("stop", []), tuple(body.get("stop_tokens", []))
-    stops = {"stop": (stop,) if isinstance(stop, str) else tuple(stop), "stop_tokens": stop_tokens}
-    settings = {"max_tokens": 16, "temperature": 1.0} | {k: body[k] for k in SAMPLING if k in body}
+    stop, settings = body.get("stop", []), {k: body[k] for k in SAMPLING if k in body}
+    settings = {"max_tokens": 16, "temperature": 1.0} | settings
+    settings["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    settings["stop_tokens"] = tuple(body.get("stop_tokens", []))
     texts, last = [], body.get("truncate_prompt_tokens", 0)
     for prompt in read_prompts(body.get("prompt", ""), engine.tokenizer.vocab_size):
         for i in range(n):
             try:
                 seed = body["seed"] + i if "seed" in body else None
-                config = SampleConfig(seed=seed, **stops, **settings)
+                config = SampleConfig(seed=seed, **settings)
                 ids = prompt_ids(engine.tokenizer, prompt)[-last:]
                 text = Text(engine.tokenizer, ids, config, top)
                 check_prompt(engine.model, text.ids, text.config, text.ends)
