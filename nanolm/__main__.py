@@ -243,7 +243,7 @@ def sample_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 7 (5e609532)
+# %% book/16-command-line.md, exported cell 7 (5307e07e)
 HOW = """text       the model goes on from it
 Enter      it goes on from where it stopped, or begins a new text
 /temperature 0.5, /top-p 0.9 ...  sets an option; / alone shows all; /help explains them
@@ -294,7 +294,7 @@ def session(found: Checkpoint, config: SampleConfig) -> int:
     with remembered(), contextlib.suppress(EOFError):
         while True:
             say_aside("")
-            line = input()
+            line = input("> " if sys.stdout.isatty() else "")
             if line.startswith("/"):
                 before, config = config, changed(config, line)
                 if config != before or line.strip() == "/":

@@ -205,7 +205,7 @@ class Text:
         return ready, released
 
 
-# %% book/11a-batch.md, exported cell 8 (4a796281)
+# %% book/11a-batch.md, exported cell 8 (122eda93)
 Step = tuple[Text, str, list[Token]]  # a text, what may now be shown of it, its released tokens
 
 
@@ -260,6 +260,12 @@ class Batch:
         self.texts[row], self._lengths[row] = self.texts[last], self._lengths[last]
         del self.texts[last], self._lengths[last]
 
+    def clear(self) -> None:
+        """Drop all texts and what is remembered of them."""
+        self.texts, self._lengths = [], []
+        self.cache.keys.zero_()  # a NaN that is left behind would be weighted with zero by the
+        self.cache.values.zero_()  # mask of the row's next text, and zero times NaN is NaN
+
     def _slide(self) -> None:
         limit = self.model.config.max_seq_len
         full = [row for row, length in enumerate(self._lengths) if length == limit]
@@ -271,7 +277,7 @@ class Batch:
     def step(self) -> list[Step]:
         """One more token for each text; those that are over with it leave.
 
-        Raises ValueError if the model has diverged. The texts then stay as they were.
+        Raises ValueError if the model has diverged; then `clear` before anybody else joins.
         """
         if not self.texts:
             return []

@@ -78,7 +78,7 @@ class Refusal(Exception):
         return {"error": error}
 
 
-# %% book/11c-serve.md, exported cell 2 (de8027fd)
+# %% book/11c-serve.md, exported cell 2 (2e6be335)
 class Engine:
     """A thread that owns a model and continues up to `rows` texts at once; others wait in line.
 
@@ -133,6 +133,7 @@ class Engine:
                     self._tell(job, News(job.index, piece, tokens, text.finish))
             except Exception as error:  # of the model or the machine: whatever it is, say it
                 self._fail(list(self._seated.values()), Refusal(str(error), 500))
+                self.batch.clear()
         while not self._box.empty():
             self._waiting += self._box.get()
         self._fail([*self._seated.values(), *self._waiting], Refusal("the server was stopped", 503))
