@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: bf87541c
+# The seal of all that stands in no cell: 00f777ac
 """`nanolm.serve`, derived in the book, where each line has its reason:
 
 - book/11c-serve.md: A page and a server
@@ -38,7 +38,7 @@ from nanolm.tokenizer import Tokenizer
 __all__ = [
     "Engine",
     "application",
-    "serve",
+    "serving",
 ]
 
 
@@ -217,7 +217,7 @@ def read_prompts(value: Any, vocab_size: int) -> list[str | list[int]]:
     return list(found)
 
 
-# %% book/11c-serve.md, exported cell 4 (bb73ba0f)
+# %% book/11c-serve.md, exported cell 4 (80fcf9a1)
 @dataclass(frozen=True)
 class Order:
     """A request that has been understood: its texts, prompt by prompt, n for each."""
@@ -270,10 +270,9 @@ def read_order(body: Any, engine: Engine, name: str) -> Order:
 def blame(error: ValueError) -> Refusal:
     """A complaint of the sampler as a Refusal that names the field."""
     words = str(error).replace("unknown stop token", "stop_tokens: unknown stop token")
-    param = words.split()[0].rstrip(":")
-    too_long = "a prompt" in words
-    code = "context_length_exceeded" if too_long else ""
-    return Refusal(words, 400, param if param in KINDS else "prompt" if too_long else None, code)
+    first = words.split()[0].rstrip(":")
+    code = "context_length_exceeded" if "a prompt" in words else ""
+    return Refusal(words, 400, first if first in KINDS else "prompt", code)
 
 
 # %% book/11c-serve.md, exported cell 5 (cdacfaa5)
@@ -299,14 +298,24 @@ def logprobs_object(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, 
     }
 
 
-# %% book/11c-serve.md, exported cell 6 (67d18492)
+# %% book/11c-serve.md, exported cell 6 (c248ed65)
+MOST_UNREAD = 4096  # pieces that may wait for a slow reader
+
+
 async def news_of(engine: Engine, texts: Sequence[Text]) -> AsyncIterator[News]:
     """Submit texts and yield what becomes of them, until all are over; a Refusal if it fails."""
     loop, box = asyncio.get_running_loop(), asyncio.Queue[News]()
 
+    def put(news: News) -> None:
+        if box.qsize() >= MOST_UNREAD:
+            news = News(news.index, error=Refusal("the reader is too slow", 503))
+            for job in jobs:
+                job.gone = True
+        box.put_nowait(news)
+
     def deliver(news: News) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is there any more
-            loop.call_soon_threadsafe(box.put_nowait, news)
+            loop.call_soon_threadsafe(put, news)
 
     for i, text in enumerate(texts):
         if not text.config.max_tokens:
