@@ -143,7 +143,7 @@ def train_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 5 (dc52570b)
+# %% book/16-command-line.md, exported cell 5 (8a729bd1)
 def say_aside(line: str) -> None:
     """Tell a person something that is not part of the output."""
     print(line, file=sys.stderr, flush=True)
@@ -169,14 +169,17 @@ def file_prompts(path: str) -> list[str]:
             raise ValueError(f"{path} is not text in UTF-8") from None
     found: list[typing.Any] = [line for line in lines if line.strip()]
     if path.endswith(".jsonl"):
-        rows = [json.loads(line) for line in found]
+        try:
+            rows = [json.loads(line) for line in found]
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON in every line: {error}") from None
         found = [row.get("prompt") if isinstance(row, dict) else row for row in rows]
     if not found or not all(isinstance(prompt, str) for prompt in found):
         raise ValueError(f"{path}: wants a prompt in every line, and at least one")
     return found
 
 
-# %% book/16-command-line.md, exported cell 6 (4033ba2a)
+# %% book/16-command-line.md, exported cell 6 (5d59cf55)
 def show(found: Checkpoint, text: Text, prompt: str) -> None:
     """Print a prompt and its continuation, piece by piece, and say aside if a beginning is lost."""
     told = False
@@ -227,6 +230,8 @@ def print_batch(
 def sample_command(args: argparse.Namespace) -> int:
     """`nanolm sample`: continue prompts with a trained model."""
     config = dataclasses.replace(SampleConfig(), **chosen(args, SampleConfig))
+    if args.batch_size < 1 or (args.logprobs or 0) < 0:
+        raise ValueError("--batch-size must be 1 or more, and --logprobs 0 or more")
     given = args.prompt + (file_prompts(args.prompts) if args.prompts else [])
     found = load_checkpoint(args.run or newest_run(), pick_device(args.device), log=say_aside)
     if not given and sys.stdin.isatty():
