@@ -254,22 +254,25 @@ def test_bad_batches_are_one_line(model):
 
 def test_after_a_divergence_a_cleared_batch_is_as_new():
     model = small_model(max_seq_len=24).double()
-    expected = generate(model, BYTES, "ab", SampleConfig(seed=1, max_tokens=9))
+    prompts, config = ("ab", "x" * 14), SampleConfig(seed=1, max_tokens=9)
+    expected = [generate(model, BYTES, prompt, config) for prompt in prompts]
     batch, weight = Batch(model, BYTES, 2), model.blocks[0].attn.v_proj.weight
     good = weight.detach().clone()
     with torch.no_grad():
         weight.fill_(math.nan)
-    batch.join([Text(BYTES, "abcdefghijkl")])
+    batch.join([Text(BYTES, "abcdefghijklmnop")])
     with pytest.raises(ValueError, match="diverged"):
         batch.step()
     with torch.no_grad():
         weight.copy_(good)
     batch.clear()
-    batch.join([Text(BYTES, "ab", SampleConfig(seed=1, max_tokens=9))])
-    shown = ""
+    texts = [Text(BYTES, prompt, config) for prompt in prompts]
+    batch.join(texts)  # the short one sees, behind a mask, what was left behind
+    shown = dict.fromkeys(texts, "")
     while batch.texts:
-        shown += "".join(piece for _, piece, _ in batch.step())
-    assert shown == expected
+        for text, piece, _ in batch.step():
+            shown[text] += piece
+    assert list(shown.values()) == expected
 
 
 def test_a_model_in_training_is_put_back_and_its_random_state_left_alone(model):
