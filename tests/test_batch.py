@@ -149,6 +149,20 @@ def test_filters_a_row_equal_filters_alone(each, seed):
         assert torch.allclose(penalised[row], alone)
 
 
+def test_a_nucleus_of_one_row_takes_nothing_from_another():
+    logits = torch.full((2, 50), -30.0)
+    logits[:, 7] = 0.0  # the sum of the probabilities is 1 at once, to the last digit
+    configs = [SampleConfig(temperature=1.0), SampleConfig(temperature=1.0, top_p=0.5)]
+    assert filter_rows(logits, configs).isfinite().sum(-1).tolist() == [50, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_precisions(dtype):
+    model = small_model(max_seq_len=24).to(dtype)
+    found = generate_batch(model, BYTES, ["ab", "", "x" * 20], SampleConfig(max_tokens=30, seed=1))
+    assert all(got.finish and math.isfinite(got.logprob) for got in found)
+
+
 def test_frequencies_match_the_filtered_distribution_of_each_row(model):
     settings = [{"temperature": 3.0, "top_k": 8}, {"temperature": 2.0, "top_p": 0.7}]
     configs = [SampleConfig(max_tokens=1, seed=i, **settings[i % 2]) for i in range(3000)]
