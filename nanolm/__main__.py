@@ -119,7 +119,7 @@ def guarded(command: Callable[[], int]) -> int:
         return 2
 
 
-# %% book/16-command-line.md, exported cell 4 (23908e98)
+# %% book/16-command-line.md, exported cell 4 (5290af72)
 def configs(args: argparse.Namespace) -> tuple[ModelConfig, TrainConfig]:
     """The configs of a run: a preset or, with `--resume`, the saved ones; on top what was typed."""
     model, config = ModelConfig.preset(args.preset), TrainConfig.preset(args.preset)
@@ -139,7 +139,8 @@ def train_command(args: argparse.Namespace) -> int:
     if load_checkpoint(run).step < config.steps:  # cut short; train has said how to go on
         return 130
     place = shlex.quote(str(run))
-    print(f'\nnext:  nanolm sample {place} --prompt "..."\n       nanolm plot {place}')
+    for start, command in (("\nnext: ", "sample"), ("      ", "serve"), ("      ", "plot")):
+        print(f"{start} nanolm {command} {place}")
     return 0
 
 

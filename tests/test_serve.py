@@ -168,8 +168,9 @@ def test_a_client_that_goes_away_frees_its_rows(url, stream):
 
 def test_a_stream_that_nobody_reads_is_given_up(url, monkeypatch):
     monkeypatch.setattr("nanolm.serve.MOST_UNREAD", 50)
-    with contextlib.closing(raw_stream(url, ENDLESS | {"logprobs": 20})) as client:
-        assert soon(lambda: health(url)["open"] == 0)
+    much = ENDLESS | {"logprobs": 20, "n": 16}  # some megabytes fit between server and client
+    with contextlib.closing(raw_stream(url, much)) as client:
+        assert soon(lambda: health(url)["open"] == 0, seconds=60)
         seen = b""
         while b"[DONE]" not in seen:
             seen = seen[-400:] + client.recv(1 << 20)
@@ -353,14 +354,14 @@ def test_a_diverged_model_is_an_error_and_no_end(url, model):
     good = weight.detach().clone()
     with torch.no_grad():
         weight.fill_(float("nan"))
-    status, error = error_of(exchange(url, {"prompt": "ab"}))
+    status, error = error_of(exchange(url, {"prompt": ["ab" * 20] * 2}))
     assert status == 500 and error["type"] == "server_error" and "diverged" in error["message"]
     assert "diverged" in events(url, prompt="ab")[-1]["error"]["message"]
     with torch.no_grad():
         weight.copy_(good)
-    config = SampleConfig(temperature=0, max_tokens=9)
-    text = ask(url, prompt="ab", temperature=0, max_tokens=9)["choices"][0]["text"]
-    assert text == generate(model, BYTES, "ab", config)
+    config, prompts = SampleConfig(temperature=0, max_tokens=9), ["ab", "ab" * 15]
+    found = ask(url, prompt=prompts, temperature=0, max_tokens=9)["choices"]
+    assert [c["text"] for c in found] == [generate(model, BYTES, p, config) for p in prompts]
 
 
 def test_a_server_that_stops_tells_those_who_wait(model):
