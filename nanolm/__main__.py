@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: c3898c5d
+# The seal of all that stands in no cell: 26fedebf
 """`nanolm.__main__`, derived in the book, where each line has its reason:
 
 - book/16-command-line.md: The command line
@@ -19,6 +19,7 @@ import re
 import shlex
 import sys
 import typing
+import webbrowser
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -319,7 +320,7 @@ def session(found: Checkpoint, config: SampleConfig) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 8 (a0d71148)
+# %% book/16-command-line.md, exported cell 8 (91f89f51)
 def serve_command(args: argparse.Namespace) -> int:
     """`nanolm serve`: a page and an OpenAI-style interface for a trained model."""
     try:
@@ -335,6 +336,8 @@ def serve_command(args: argparse.Namespace) -> int:
         say_aside(f"{name} is at http://{shown}:{port} (Ctrl-C ends)")
         if shown not in LOOPBACK:
             say_aside("careful: whoever can reach this address can use it, there is no password")
+        if args.open:
+            webbrowser.open(f"http://{shown}:{port}")
         serve(engine, name, place, LOOPBACK if shown in LOOPBACK else ())
     say_aside("stopped")
     return 0
@@ -482,7 +485,7 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 12 (2825d08e)
+# %% book/16-command-line.md, exported cell 12 (ff9d005d)
 Command = Callable[[argparse.Namespace], int]
 SOURCES = 'files, folders, globs, "fables" or "hf:NAME"'
 RUN = "a run's folder, or one of its checkpoints (default: the newest in runs)"
@@ -520,6 +523,7 @@ def build_parser() -> Parser:
     p.add_argument("run", nargs="?", help=RUN)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     p.add_argument("--port", type=int, default=8000, help="0 is any free one (default: 8000)")
+    p.add_argument("--open", action="store_true", help="open the page in the browser")
     p.add_argument("--rows", type=int, default=64, help="texts at once, others wait (default: 64)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
 

@@ -142,6 +142,19 @@ def test_the_newest_run_is_the_default(trained, capsys, tmp_path, monkeypatch):
     assert main(["sample", "--prompt", "Once", "--max-tokens", "1"]) == 0
 
 
+@pytest.mark.parametrize("how", [[], ["--json"], ["--box"]])
+def test_a_diverged_model_is_one_line(trained, capsys, monkeypatch, how):
+    def diverged(*args, **options):
+        found = load(*args, **options)
+        found.model.norm.weight.data.fill_(float("nan"))
+        return found
+
+    load = front.load_checkpoint
+    monkeypatch.setattr(front, "load_checkpoint", diverged)
+    words = ["sample", trained / "first", "--prompt", "Once", *how]
+    assert "the model has diverged" in refused(capsys, words)
+
+
 def test_outgrowing_the_context_is_told(trained, capsys):
     words = f"sample {trained / 'first'} --prompt Once --max-tokens 90 --seed 1 --stop-tokens !"
     assert main(words.split()) == 0
@@ -156,7 +169,7 @@ def test_a_session_on_a_terminal(trained, tmp_path):
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"}
     environment |= {"PYTHONPATH": str(Path(front.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     words = ["-m", "nanolm", "sample", str(trained / "first"), "--max-tokens", "4", "--seed", "1"]
-    options = {"encoding": "utf-8", "timeout": 60, "env": environment, "echo": False}
+    options = {"encoding": "utf-8", "timeout": 180, "env": environment, "echo": False}
 
     def begin():
         session = pexpect.spawn(sys.executable, words, **options)

@@ -426,6 +426,21 @@ def test_ctrl_c_in_the_middle_of_a_stream_ends_cleanly(run):
         assert running.stderr.read() == "stopped\n"
 
 
+def test_open_and_other_addresses(run, capsys, monkeypatch):
+    from nanolm.__main__ import main
+
+    opened, served = [], []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr("nanolm.serve.serve", lambda *args: served.append(args))
+    assert main(["serve", str(run), "--port", "0", "--open"]) == 0
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", opened[0]) and opened[0] in said
+    assert "careful" not in said and served[0][3]  # only for hosts of this machine
+    assert main(["serve", str(run), "--port", "0", "--host", "0.0.0.0"]) == 0
+    assert "there is no password" in capsys.readouterr().err
+    assert served[1][3] == () and len(opened) == 1
+
+
 def test_what_the_command_refuses(run, capsys, monkeypatch):
     from nanolm.__main__ import main
 
