@@ -205,7 +205,7 @@ class Text:
         return ready, released
 
 
-# %% book/11b-batch.md, exported cell 8 (122eda93)
+# %% book/11b-batch.md, exported cell 8 (51bf6ffc)
 Step = tuple[Text, str, list[Token]]  # a text, what may now be shown of it, its released tokens
 
 
@@ -218,7 +218,8 @@ class Batch:
         self.model, self.size, self.texts = model, size, list[Text]()
         self.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
         self.cache, self._lengths = model.new_cache(size), list[int]()
-        self._seen = torch.zeros(size, self.vocab_size, dtype=torch.bool).to(self.cache.keys.device)
+        every = (size, model.config.vocab_size)
+        self._seen = torch.zeros(every, dtype=torch.bool, device=self.cache.keys.device)
 
     @property
     def room(self) -> int:
@@ -288,7 +289,8 @@ class Batch:
             at = torch.tensor(self._lengths, device=device)
             logits = read_rows(self.model, ids, at, self.cache)[:, : self.vocab_size].float()
         configs = [text.config for text in self.texts]
-        filtered = filter_rows(penalise_rows(logits, self._seen[:count], configs), configs)
+        seen = self._seen[:count, : self.vocab_size]
+        filtered = filter_rows(penalise_rows(logits, seen, configs), configs)
         uniform = torch.cat([torch.rand(1, 1, generator=t.generator) for t in self.texts])
         drawn = pick(filtered, uniform)
         tokens = describe(logits, filtered, drawn, [text.alternatives for text in self.texts])

@@ -55,11 +55,11 @@ def keep_min_p(logits: Tensor, min_p: float | Tensor) -> Tensor:
     return logits.masked_fill(logits < least, -torch.inf)
 
 
-# %% book/11-sample.md, exported cell 4 (50289038)
+# %% book/11-sample.md, exported cell 4 (f23cb5c4)
 GREEDY_BELOW = 1e-5  # a temperature under this would overflow the division
 
 
-def check_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+def check_filters(temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> None:
     """Raise a ValueError for settings that name no distribution."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be zero (greedy) or more, not {temperature}")
@@ -220,7 +220,7 @@ def next_logits(model: Transformer, ids: Sequence[int], cache: KVCache) -> Tenso
         return model.logits(hidden[0, -1])  # the head is wanted for the last position only
 
 
-# %% book/11a-stream.md, exported cell 3 (93e37f7d)
+# %% book/11a-stream.md, exported cell 3 (c77471c4)
 Log = Callable[[str], object]
 
 
@@ -235,9 +235,10 @@ def check_prompt(
         whole = f"a prompt of {len(ids)} tokens and {config.max_tokens} more"
         how = f"ask for at most {limit - len(ids)}, or let the window slide"
         raise ValueError(f"{whole} do not fit the context of {limit}: {how}")
-    for token in stop_ids:
-        if not 0 <= token < size:
-            raise ValueError(f"unknown stop token {token}: this model's ids are 0 to {size - 1}")
+    for what, tokens in (("id in the prompt", ids), ("stop token", stop_ids)):
+        for token in tokens:
+            if not 0 <= token < size:
+                raise ValueError(f"unknown {what} {token}: this model's ids are 0 to {size - 1}")
 
 
 def say_slide(limit: int, log: Log) -> None:

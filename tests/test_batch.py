@@ -250,6 +250,9 @@ def test_who_cannot_join_disturbs_nobody(model):
         batch.join([Text(BYTES, "a"), Text(BYTES, "b")])
     with pytest.raises(ValueError, match="do not fit the context"):
         batch.join([Text(BYTES, "a", SampleConfig(context="refuse"))])
+    for unknown in (-1, 257):
+        with pytest.raises(ValueError, match=f"unknown id in the prompt {unknown}"):
+            batch.join([Text(BYTES, [3, unknown])])
     assert batch.room == 1 and len(batch.texts) == 1
     while batch.texts:
         steps = batch.step()
@@ -287,6 +290,14 @@ def test_after_a_divergence_a_cleared_batch_is_as_new():
         for text, piece, _ in batch.step():
             shown[text] += piece
     assert list(shown.values()) == expected
+
+
+def test_a_vocabulary_beyond_the_tokenizer_is_read_but_never_drawn():
+    model = small_model(vocab_size=400, max_seq_len=24)
+    config = SampleConfig(max_tokens=40, seed=1, repetition_penalty=1.2)
+    text = Text(BYTES, [5, 399, 300], config)
+    tokens = [token.id for _, _, new in continue_texts(model, BYTES, [text]) for token in new]
+    assert max(tokens) < 257
 
 
 def test_a_model_in_training_is_put_back_and_its_random_state_left_alone(model):
