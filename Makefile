@@ -39,6 +39,7 @@ book: $(READY)
 	@$(BIN)/jupyter-book build -q . > _build.log 2>&1 || { cat _build.log; exit 1; }
 	@rm -f _build.log
 	@echo "the book is ready: open $(CURDIR)/$(PAGE)"
+	@echo "and the model: $(BIN)/nanolm sample, or $(BIN)/nanolm serve for a page to try it on"
 
 test: $(READY)
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --nbval --nbval-current-env -n 2 --dist loadfile \

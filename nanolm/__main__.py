@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: d3f464b9
+# The seal of all that stands in no cell: 26fedebf
 """`nanolm.__main__`, derived in the book, where each line has its reason:
 
 - book/16-command-line.md: The command line
@@ -19,16 +19,26 @@ import re
 import shlex
 import sys
 import typing
-from collections.abc import Callable
+import webbrowser
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
+from nanolm.batch import Completion, Text, Token, continue_texts, generate_batch
 from nanolm.bench import CASES, headline, machine, table
 from nanolm.data import TokenData, plain_files, prepare, read_documents
 from nanolm.model import PRESETS, ModelConfig
-from nanolm.sample import SampleConfig, generate, stream
+from nanolm.sample import SampleConfig, boxed, check_prompt, say_slide
 from nanolm.tokenizer import GPT2_SPLIT, GPT4_SPLIT, Tokenizer
-from nanolm.train import TrainConfig, load_checkpoint, load_run, metrics, pick_device, train
+from nanolm.train import (
+    Checkpoint,
+    TrainConfig,
+    load_checkpoint,
+    load_run,
+    metrics,
+    pick_device,
+    train,
+)
 
 __all__ = [
     "main",
@@ -110,7 +120,7 @@ def guarded(command: Callable[[], int]) -> int:
         return 2
 
 
-# %% book/16-command-line.md, exported cell 4 (25e20ae1)
+# %% book/16-command-line.md, exported cell 4 (2ccde463)
 def configs(args: argparse.Namespace) -> tuple[ModelConfig, TrainConfig]:
     """The configs of a run: a preset or, with `--resume`, the saved ones; on top what was typed."""
     model, config = ModelConfig.preset(args.preset), TrainConfig.preset(args.preset)
@@ -132,54 +142,210 @@ def train_command(args: argparse.Namespace) -> int:
     if load_checkpoint(run).step < config.steps:  # cut short; train has said how to go on
         return 130
     place = shlex.quote(str(run))
-    print(f'\nnext:  nanolm sample {place} --prompt "..."\n       nanolm plot {place}')
+    for start, command in (("\nnext: ", "sample"), ("      ", "serve"), ("      ", "plot")):
+        print(f"{start} nanolm {command} {place}")
     return 0
 
 
-# %% book/16-command-line.md, exported cell 5 (0d542197)
+# %% book/16-command-line.md, exported cell 5 (8a729bd1)
 def say_aside(line: str) -> None:
     """Tell a person something that is not part of the output."""
     print(line, file=sys.stderr, flush=True)
 
 
-def prompts(given: list[str]) -> typing.Iterator[str]:
-    """The prompts given, or those that a person types, or what was piped in."""
-    if given or not sys.stdin.isatty():
-        yield from given or [sys.stdin.read().rstrip("\n")]
+def newest_run(folder: str | Path = "runs") -> Path:
+    """The run in a folder that was trained last."""
+    places = {step.parent for step in Path(folder).glob("*/step-*")}
+    if not places:
+        how = "give the folder of one, or make one with: nanolm train --preset pocket"
+        raise FileNotFoundError(f"there is no run in {folder}: {how}")
+    return max(places, key=lambda run: max(step.stat().st_mtime for step in run.glob("step-*")))
+
+
+def file_prompts(path: str) -> list[str]:
+    """Prompts from a file, one a line; or objects with a `prompt`, in a .jsonl file. - is stdin."""
+    if path == "-":
+        lines = sys.stdin.read().splitlines()
+    else:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not text in UTF-8") from None
+    found: list[typing.Any] = [line for line in lines if line.strip()]
+    if path.endswith(".jsonl"):
+        try:
+            rows = [json.loads(line) for line in found]
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON in every line: {error}") from None
+        found = [row.get("prompt") if isinstance(row, dict) else row for row in rows]
+    if not found or not all(isinstance(prompt, str) for prompt in found):
+        raise ValueError(f"{path}: wants a prompt in every line, and at least one")
+    return found
+
+
+# %% book/16-command-line.md, exported cell 6 (5d59cf55)
+def show(found: Checkpoint, text: Text, prompt: str) -> None:
+    """Print a prompt and its continuation, piece by piece, and say aside if a beginning is lost."""
+    told = False
+    print(prompt, end="", flush=True)
+    for _, piece, _ in continue_texts(found.model, found.tokenizer, [text]):
+        print(piece, end="", flush=True)
+        if text.slid and not told:
+            told = True
+            say_slide(found.model.config.max_seq_len, say_aside)
+    print("\n", flush=True)
+
+
+def row_of(found: Checkpoint, made: Completion, logprobs: int | None) -> dict[str, typing.Any]:
+    """A completion as `nanolm sample --json` prints it."""
+    row: dict[str, typing.Any] = {"prompt": made.prompt, "text": made.text, "step": found.step}
+    row |= {"finish": made.finish, "slid": made.slid}
+    row |= {"tokens": len(made.tokens), "logprob": made.logprob}
+    if logprobs is not None:
+
+        def told(t: Token) -> dict[str, typing.Any]:
+            text = found.tokenizer.decode([t.id])
+            return {"token": text, "id": t.id, "logprob": t.logprob, "chance": t.chance}
+
+        each = made.tokens
+        row["logprobs"] = [told(t) | {"top": [told(other) for other in t.top]} for t in each]
+    return row
+
+
+def print_batch(
+    args: argparse.Namespace, found: Checkpoint, texts: list[Text], given: list[str]
+) -> None:
+    """Continue all prompts at once and print them as JSON or in boxes."""
+    model, tokenizer, size = found.model, found.tokenizer, args.batch_size
+    if args.json and args.stream:
+        number = {text: i for i, text in enumerate(texts)}
+        for text, piece, _ in continue_texts(model, tokenizer, texts, size):
+            if piece or text.finish:
+                row = {"index": number[text], "text": piece, "finish": text.finish or None}
+                print(json.dumps(row, ensure_ascii=False), flush=True)
         return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives the prompt a history and the arrow keys)
-    with contextlib.suppress(EOFError):
-        while True:
-            say_aside("\nprompt (Ctrl-D ends):")
-            yield input()
+    options = {"batch_size": size, "alternatives": args.logprobs or 0}
+    for made in generate_batch(model, tokenizer, given, texts[0].config, **options):
+        row = row_of(found, made, args.logprobs)
+        whole = boxed(f"{made.prompt}{made.text}") if args.box else ""
+        print(whole or json.dumps(row, ensure_ascii=False), flush=True)
 
 
 def sample_command(args: argparse.Namespace) -> int:
     """`nanolm sample`: continue prompts with a trained model."""
-    checkpoint = load_checkpoint(args.run, device=pick_device(args.device), log=say_aside)
-    model, tokenizer = checkpoint.model.eval(), checkpoint.tokenizer
     config = dataclasses.replace(SampleConfig(), **chosen(args, SampleConfig))
-    for prompt in prompts(args.prompt):
-        if args.json:
-            row = {"prompt": prompt, "text": generate(model, tokenizer, prompt, config)}
-            print(json.dumps(row | {"step": checkpoint.step}, ensure_ascii=False), flush=True)
-            continue
-        try:
-            pieces = stream(model, tokenizer, prompt, config)
-        except ValueError as error:
-            if args.prompt or not sys.stdin.isatty():
-                raise
-            say_aside(str(error))  # a person may try another prompt
-            continue
-        print(prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print("\n")
+    if args.batch_size < 1 or (args.logprobs or 0) < 0:
+        raise ValueError("--batch-size must be 1 or more, and --logprobs 0 or more")
+    given = args.prompt + (file_prompts(args.prompts) if args.prompts else [])
+    found = load_checkpoint(args.run or newest_run(), pick_device(args.device), log=say_aside)
+    if not given and sys.stdin.isatty():
+        return session(found, config)
+    given = given or [sys.stdin.read().rstrip("\n")]
+    texts = [Text(found.tokenizer, prompt, config) for prompt in given]
+    for text in texts:  # a prompt that cannot be continued is an error before anything is printed
+        check_prompt(found.model, text.ids, config, text.ends)
+    if args.json or args.box:
+        print_batch(args, found, texts, given)
+        return 0
+    for text, prompt in zip(texts, given, strict=True):
+        show(found, text, prompt)
     return 0
 
 
-# %% book/16-command-line.md, exported cell 6 (f79e860c)
+# %% book/16-command-line.md, exported cell 7 (5307e07e)
+HOW = """text       the model goes on from it
+Enter      it goes on from where it stopped, or begins a new text
+/temperature 0.5, /top-p 0.9 ...  sets an option; / alone shows all; /help explains them
+Ctrl-C     stops a text; Ctrl-D ends the session"""
+
+
+@contextlib.contextmanager
+def remembered() -> Iterator[None]:
+    """The arrow keys and a history that outlives the session, where the terminal can."""
+    home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    place = home / "nanolm" / "history"
+    try:
+        import readline
+    except ImportError:  # as on Windows
+        yield
+        return
+    with contextlib.suppress(OSError):
+        readline.read_history_file(place)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a home that cannot be written is no reason to fail
+            place.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(place)
+
+
+def changed(config: SampleConfig, line: str) -> SampleConfig:
+    """The config after a line like `/top-p 0.9`; a wrong one is told and changes nothing."""
+    parser = Parser(prog="session", usage="/option value")
+    add_options(parser, SampleConfig)
+    try:
+        name, *values = shlex.split(line[1:]) or [""]
+        args = parser.parse_args([f"--{name.lstrip('-')}", *values] if name else [])
+        config = dataclasses.replace(config, **chosen(args, SampleConfig))
+    except SystemExit:
+        return config  # the parser has said why
+    except ValueError as error:
+        say_aside(str(error))
+    return config
+
+
+def session(found: Checkpoint, config: SampleConfig) -> int:
+    """Ask for prompts and continue them, until Ctrl-D."""
+    say_aside(HOW)
+    last: list[int] = []  # the ids to go on from
+    half = max(found.model.config.max_seq_len // 2, 1)
+    with remembered(), contextlib.suppress(EOFError):
+        while True:
+            say_aside("")
+            line = input("> " if sys.stdout.isatty() else "")
+            if line.startswith("/"):
+                before, config = config, changed(config, line)
+                if config != before or line.strip() == "/":
+                    say_aside(str(config))
+                continue
+            try:
+                text = Text(found.tokenizer, line or last[-half:], config)
+                check_prompt(found.model, text.ids, config, text.ends)
+                show(found, text, line)
+            except ValueError as error:
+                say_aside(str(error))  # a person may try another prompt
+                continue
+            except KeyboardInterrupt:
+                print("\n", flush=True)
+            last = [] if text.finish == "stop" else text.ids
+    return 0
+
+
+# %% book/16-command-line.md, exported cell 8 (91f89f51)
+def serve_command(args: argparse.Namespace) -> int:
+    """`nanolm serve`: a page and an OpenAI-style interface for a trained model."""
+    try:
+        from nanolm.serve import LOOPBACK, Engine, listen, serve
+    except ModuleNotFoundError as error:
+        raise ImportError(f"nanolm serve needs {error.name}: pip install 'nanolm[serve]'") from None
+    shown = f"[{args.host}]" if ":" in args.host else args.host
+    with listen(args.host, args.port) as place:
+        run = args.run or newest_run()
+        found = load_checkpoint(run, pick_device(args.device), log=say_aside)
+        engine = Engine(found.model.eval(), found.tokenizer, args.rows)
+        name, port = found.folder.resolve().parent.name, place.getsockname()[1]
+        say_aside(f"{name} is at http://{shown}:{port} (Ctrl-C ends)")
+        if shown not in LOOPBACK:
+            say_aside("careful: whoever can reach this address can use it, there is no password")
+        if args.open:
+            webbrowser.open(f"http://{shown}:{port}")
+        serve(engine, name, place, LOOPBACK if shown in LOOPBACK else ())
+    say_aside("stopped")
+    return 0
+
+
+# %% book/16-command-line.md, exported cell 9 (f79e860c)
 SPLITS = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT}
 
 
@@ -231,7 +397,7 @@ def data_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 7 (970c535d)
+# %% book/16-command-line.md, exported cell 10 (970c535d)
 def curves(run: str | Path) -> dict[str, list[tuple[int, float]]]:
     """The points (step, nats a token) of a run: `train`, `val` and, where known, the `floor`."""
     if not (Path(run) / "config.json").is_file():
@@ -293,7 +459,7 @@ def plot_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 8 (cf2e6064)
+# %% book/16-command-line.md, exported cell 11 (cf2e6064)
 def writable(path: str) -> Path:
     """The path of a file that can be written, or an OSError."""
     place = Path(path)
@@ -321,9 +487,10 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 9 (17fa9676)
+# %% book/16-command-line.md, exported cell 12 (ff9d005d)
 Command = Callable[[argparse.Namespace], int]
 SOURCES = 'files, folders, globs, "fables" or "hf:NAME"'
+RUN = "a run's folder, or one of its checkpoints (default: the newest in runs)"
 
 
 def build_parser() -> Parser:
@@ -343,11 +510,24 @@ def build_parser() -> Parser:
     add_options(p, TrainConfig)
 
     p = command("sample", sample_command, "continue a prompt with a trained model")
-    p.add_argument("run", help="a run's folder, or one of its checkpoints")
+    p.add_argument("run", nargs="?", help=RUN)
     p.add_argument("--prompt", action="append", default=[], help="text to continue; repeatable")
-    p.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    p.add_argument("--prompts", metavar="FILE", help="prompts, one a line or in .jsonl; - is stdin")
+    p.add_argument("--stream", action="store_true", help="as it is made: always, but for --json")
+    p.add_argument("--box", action="store_true", help="a frame around each text")
+    p.add_argument("--json", action="store_true", help="one JSON object a prompt")
+    p.add_argument("--logprobs", type=int, metavar="N", help="with --json: tokens, N alternatives")
+    p.add_argument("--batch-size", type=int, default=64, help="texts at once (default: 64)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
     add_options(p, SampleConfig)
+
+    p = command("serve", serve_command, "a page to try a model, and an OpenAI-style interface")
+    p.add_argument("run", nargs="?", help=RUN)
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    p.add_argument("--port", type=int, default=8000, help="0 is any free one (default: 8000)")
+    p.add_argument("--open", action="store_true", help="open the page in the browser")
+    p.add_argument("--rows", type=int, default=64, help="texts at once, others wait (default: 64)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
 
     tokenizer = command("tokenizer", tokenizer_command, "train a tokenizer, encode, decode, export")
     into = tokenizer.add_subparsers(dest="action", required=True, metavar="ACTION")

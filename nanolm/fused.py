@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: b42f796f
+# The seal of all that stands in no cell: e2494684
 """`nanolm.fused`, derived in the book, where each line has its reason:
 
 - book/07b-fused.md: Between the products
@@ -15,41 +15,7 @@ from torch.nn import functional as F
 
 from nanolm.interpret import has_triton, interpreting, repair_bfloat16, tl, triton
 
-__all__ = [
-    "plain_norm",
-    "plain_norm_back",
-    "row_tile",
-    "norm_kernel",
-    "norm_back_kernel",
-    "has_fused",
-    "SHARE",
-    "rows_for",
-    "launch_norm",
-    "launch_norm_back",
-    "room_for_parts",
-    "norm",
-    "norm_back",
-    "plain_rotate",
-    "rotate_kernel",
-    "launch_rotate",
-    "rotate",
-    "plain_gate",
-    "plain_gate_back",
-    "gate_kernel",
-    "gate_back_kernel",
-    "launch_gate",
-    "launch_gate_back",
-    "gate",
-    "gate_back",
-    "runs_kernel",
-    "join_kernel",
-    "launch_add_rows",
-    "add_rows",
-    "plain_adamw",
-    "adamw_kernel",
-    "launch_adamw",
-    "adamw_row",
-]
+__all__ = []
 
 
 # %% book/07b-fused.md, exported cell 1 (e12ed4f0)
@@ -78,7 +44,7 @@ def plain_norm_back(
     return (dx if beside is None else dx + beside).to(x.dtype)
 
 
-# %% book/07b-fused.md, exported cell 2 (b9f49d73)
+# %% book/07b-fused.md, exported cell 2 (0d6a51c1)
 @triton.jit
 def row_tile(N, C: tl.constexpr, ROWS: tl.constexpr):
     """This program's rows, which numbers of a matrix (N, C) they are, and which exist."""
@@ -88,16 +54,19 @@ def row_tile(N, C: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def norm_kernel(
-    X, IDS, DELTA, WEIGHT, SUM, OUT, SCALE, N, eps,
+    X, IDS, DELTA, WEIGHT, SUM, OUT, SCALE, N, V, eps,
     C: tl.constexpr, ROWS: tl.constexpr, PICK: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Equation 1 for a few rows, after DELTA is added to them."""
+    """The norm of a few rows, after DELTA is added to them."""
     row, at, here = row_tile(N, C, ROWS)
-    source = at
     if PICK:
-        picked = tl.load(IDS + row, mask=row < N, other=0).to(tl.int64)
-        source = picked[:, None] * C + tl.arange(0, C)[None, :]
-    x = tl.load(X + source, mask=here, other=0.0)
+        picked = tl.load(IDS + row, mask=row < N, other=0).to(tl.int64)[:, None]
+        known = (picked >= 0) & (picked < V)
+        source = X + picked * C + tl.arange(0, C)[None, :]
+        x = tl.load(source, mask=here & known, other=0.0)
+        x = tl.where(known, x, float("nan"))  # no word: let it be seen
+    else:
+        x = tl.load(X + at, mask=here, other=0.0)
     if ADD:
         x = (x.to(tl.float32) + tl.load(DELTA + at, mask=here, other=0.0).to(tl.float32)).to(x.dtype)
     if ADD or PICK:
@@ -114,7 +83,7 @@ def norm_back_kernel(
     GRAD, X, SCALE, WEIGHT, BESIDE, DX, PARTS, N,
     C: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Equation 2 for some tiles of rows, and their part of the weight's gradient."""
+    """The gradient of some tiles of rows through their norm, and their part of the weight's."""
     c = tl.arange(0, C)
     weight = tl.load(WEIGHT + c).to(tl.float32)[None, :]
     parts = tl.zeros((ROWS, C), tl.float32)
@@ -134,12 +103,18 @@ def norm_back_kernel(
     tl.store(PARTS + tl.program_id(0) * C + c, tl.sum(parts, 0))
 
 
-# %% book/07b-fused.md, exported cell 3 (ef6d69d9)
-def has_fused(x: Tensor, *widths: int) -> bool:
-    """Whether the kernels of this chapter can take tensors like x, with rows of such widths."""
-    fits = all(16 <= width <= 4096 and width & (width - 1) == 0 for width in widths)
-    whole = x.is_contiguous() and x.dtype == torch.bfloat16
-    return x.is_cuda and has_triton() and whole and fits
+# %% book/07b-fused.md, exported cell 3 (4c971345)
+def has_fused(width: int, *tensors: Tensor | None) -> bool:
+    """Whether the kernels of this chapter can take these tensors, with rows of such a width."""
+    return (
+        16 <= width <= 4096
+        and width & (width - 1) == 0
+        and has_triton()
+        and all(
+            x.is_cuda and x.dtype == torch.bfloat16 and x.is_contiguous()
+            for x in tensors if x is not None
+        )
+    )  # fmt: skip
 
 
 SHARE = 32  # rows whose part of a norm's gradient one program adds up
@@ -163,7 +138,7 @@ def launch_norm(
     known |= {"C": C, "PICK": ids is not None, "ADD": delta is not None}
     ids, delta = x if ids is None else ids, x if delta is None else delta
     grid = (triton.cdiv(N, known["ROWS"]),)
-    norm_kernel[grid](x, ids, delta, weight, total, out, scale, N, eps, **known)
+    norm_kernel[grid](x, ids, delta, weight, total, out, scale, N, len(x), eps, **known)
     return total, out, scale
 
 
@@ -181,7 +156,7 @@ def launch_norm_back(
 
 def room_for_parts(x: Tensor, count: int) -> Tensor:
     """For `count` norms of x (N, C): where the parts of their weights' gradients go."""
-    fused = has_fused(x, x.size(1)) or interpreting()
+    fused = has_fused(x.size(1), x) or interpreting()
     programs = -(-len(x) // SHARE) if fused else 1
     return x.new_zeros(count, programs, x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -193,7 +168,7 @@ def norm(
 
     With ids (N), x is a table, whose rows they name.
     """
-    way = launch_norm if has_fused(x, x.size(1)) else plain_norm
+    way = launch_norm if has_fused(x.size(1), x, delta) else plain_norm
     return way(x, delta, weight, eps, ids)
 
 
@@ -204,11 +179,11 @@ def norm_back(
 
     The sum of `parts` over its rows becomes the gradient of the weight: see `room_for_parts`.
     """
-    way = launch_norm_back if has_fused(x, x.size(1)) else plain_norm_back
+    way = launch_norm_back if has_fused(x.size(1), grad, x, beside) else plain_norm_back
     return way(grad, x, scale, weight, beside, parts)
 
 
-# %% book/07b-fused.md, exported cell 4 (c15dd198)
+# %% book/07b-fused.md, exported cell 4 (6e18e9d5)
 def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float = 1.0) -> None:
     """Turn, in place, the first heads of rows x (B, T, W) by the angles of the tables (T, D/2)."""
     turned = x[..., : 2 * heads * cos.size(1)].unflatten(-1, (heads, 2, -1))
@@ -222,7 +197,7 @@ def rotate_kernel(
     X, COS, SIN, N, T, W, sign,
     PAIRS: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Equation 3 for the first PAIRS pairs of a few rows."""
+    """Turn the first PAIRS pairs of channels of a few rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pair = tl.arange(0, COLS)  # a power of two, and at least PAIRS
     here = (row < N)[:, None] & (pair < PAIRS)[None, :]
@@ -247,11 +222,11 @@ def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float =
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float = 1.0) -> None:
     """Turn, in place, the first heads of rows x (B, T, W) by the angles of the tables (T, D/2)."""
-    way = launch_rotate if has_fused(x, 2 * cos.size(1)) else plain_rotate
+    way = launch_rotate if has_fused(2 * cos.size(1), x) else plain_rotate
     way(x, cos, sin, heads, sign)
 
 
-# %% book/07b-fused.md, exported cell 5 (4a00ae3c)
+# %% book/07b-fused.md, exported cell 5 (0e8b1bcc)
 def plain_gate(both: Tensor) -> Tensor:
     """silu(gate) * up (N, F), from gate and up side by side (N, 2F)."""
     gate, up = both.chunk(2, -1)
@@ -280,7 +255,7 @@ def gate_kernel(BOTH, OUT, N, WIDTH: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def gate_back_kernel(GRAD, BOTH, OUT, DBOTH, N, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Equation 4 for a few rows, and what the gate gave."""
+    """The gradient of a few rows through the gate, and what the gate gave."""
     row, at, here = row_tile(N, WIDTH, ROWS)
     first = at + row.to(tl.int64)[:, None] * WIDTH
     gate = tl.load(BOTH + first, mask=here, other=0.0).to(tl.float32)
@@ -311,18 +286,19 @@ def launch_gate_back(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
 
 def gate(both: Tensor) -> Tensor:
     """silu(gate) * up (N, F), from gate and up side by side (N, 2F)."""
-    return (launch_gate if has_fused(both, both.size(1) // 2) else plain_gate)(both)
+    return (launch_gate if has_fused(both.size(1) // 2, both) else plain_gate)(both)
 
 
 def gate_back(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
     """`gate` once more (N, F), and the gradient of gate and up (N, 2F)."""
-    return (launch_gate_back if has_fused(both, grad.size(1)) else plain_gate_back)(grad, both)
+    way = launch_gate_back if has_fused(grad.size(1), grad, both) else plain_gate_back
+    return way(grad, both)
 
 
-# %% book/07b-fused.md, exported cell 6 (5ca383a2)
+# %% book/07b-fused.md, exported cell 6 (349a978a)
 @triton.jit
 def runs_kernel(
-    GRAD, ORDER, WORDS, PARTS, PLACE, N,
+    GRAD, ORDER, WORDS, PARTS, PLACE, N, V,
     C: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add up the runs within ROWS sorted tokens: to PLACE, or to PARTS if they cross a border."""
@@ -339,7 +315,7 @@ def runs_kernel(
     whose = tl.max(tl.where(member, word[None, :], -1), 1)
     comes = tl.max((member & ((i == 0) & (word == before))[None, :]).to(tl.int32), 1) > 0
     goes = tl.max((member & ((i == ROWS - 1) & (word == after))[None, :]).to(tl.int32), 1) > 0
-    whole = ((whose >= 0) & (comes == 0) & (goes == 0))[:, None]
+    whole = ((whose >= 0) & (whose < V) & (comes == 0) & (goes == 0))[:, None]
     at = PLACE + whose.to(tl.int64)[:, None] * C + c
     tl.store(at, tl.load(at, mask=whole, other=0.0) + sums, mask=whole)
     part = PARTS + (2 * tl.program_id(0) + (comes == 0)).to(tl.int64)[:, None] * C + c
@@ -347,14 +323,14 @@ def runs_kernel(
 
 
 @triton.jit
-def join_kernel(WORDS, PARTS, PLACE, N, C: tl.constexpr, ROWS: tl.constexpr):
+def join_kernel(WORDS, PARTS, PLACE, N, V, C: tl.constexpr, ROWS: tl.constexpr):
     """Put together the run that begins in a program's ROWS tokens and goes on behind them."""
     first, c = tl.program_id(0) * ROWS, tl.arange(0, C)
     end = first + ROWS
     word = tl.load(WORDS + end - 1, mask=end < N, other=-1)
     goes = (end < N) & (word == tl.load(WORDS + end, mask=end < N, other=-1))
     begun = word == tl.load(WORDS + first - 1, mask=(first > 0) & (end < N), other=-1)
-    if goes & (begun == 0):
+    if goes & (begun == 0) & (word >= 0) & (word < V):
         total = tl.load(PARTS + (2 * tl.program_id(0) + 1).to(tl.int64) * C + c)
         while (end < N) & (word == tl.load(WORDS + end, mask=end < N, other=-1)):
             total += tl.load(PARTS + (2 * (end // ROWS)).to(tl.int64) * C + c)
@@ -371,19 +347,22 @@ def launch_add_rows(place: Tensor, words: Tensor, order: Tensor, grad: Tensor) -
     programs, part = triton.cdiv(N, ROWS), min(C, 256)
     parts = place.new_empty(2 * programs, C)
     grid = programs, C // part
-    runs_kernel[grid](grad, order, words, parts, place, N, C, part, ROWS, num_warps=4)
-    join_kernel[(programs,)](words, parts, place, N, C, ROWS, num_warps=1)
+    runs_kernel[grid](grad, order, words, parts, place, N, len(place), C, part, ROWS, num_warps=4)
+    join_kernel[(programs,)](words, parts, place, N, len(place), C, ROWS, num_warps=1)
 
 
 def add_rows(place: Tensor, ids: Tensor, grad: Tensor) -> None:
-    """place[ids[n]] += grad[n]: place (V, C) float32, ids (N), grad (N, C); always the same bits."""
-    if has_fused(grad, grad.size(1)):
+    """place[ids[n]] += grad[n]: place (V, C), ids (N), grad (N, C).
+
+    By the kernels, in one order; what they cannot take goes to PyTorch, and on a GPU in any order.
+    """
+    if has_fused(grad.size(1), grad):
         launch_add_rows(place, *torch.sort(ids.int(), stable=True), grad)
     else:
         place.index_add_(0, ids, grad.to(place.dtype))
 
 
-# %% book/07b-fused.md, exported cell 7 (1f7e528b)
+# %% book/07b-fused.md, exported cell 7 (5afdb02f)
 def plain_adamw(
     weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor, grad: Tensor, scale: Tensor,
     hyper: Tensor, good: Tensor, betas: tuple[float, float], eps: float, weight_decay: float,
@@ -406,17 +385,17 @@ def plain_adamw(
 
 @triton.jit
 def adamw_kernel(
-    WEIGHT, AVG, SQUARE, LOW, GRAD, SCALE, HYPER, GOOD, N, beta1, beta2, eps, decay,
+    WEIGHT, AVG, SQUARE, LOW, GRAD, SCALE, HYPER, GOOD, N, new1, old2, new2, eps, decay,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`plain_adamw` for BLOCK numbers."""
+    """`plain_adamw` for BLOCK numbers; new1 is 1 - beta1, old2 beta2, new2 1 - beta2."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = (i < N) & (tl.load(GOOD) != 0)
     lr, first, second = tl.load(HYPER), tl.load(HYPER + 1), tl.load(HYPER + 2)
     g = tl.load(GRAD + i, mask=here, other=0.0) * tl.load(SCALE)
     m = tl.load(AVG + i, mask=here, other=0.0)
-    m += (1.0 - beta1) * (g - m)
-    v = tl.load(SQUARE + i, mask=here, other=0.0) * beta2 + (1.0 - beta2) * g * g
+    m += new1 * (g - m)
+    v = tl.load(SQUARE + i, mask=here, other=0.0) * old2 + new2 * g * g
     w = tl.load(WEIGHT + i, mask=here, other=0.0) * (1.0 - lr * decay)
     w -= lr * (m / first) / (tl.sqrt(v / second) + eps)
     tl.store(AVG + i, m, mask=here)
@@ -434,7 +413,7 @@ def launch_adamw(
     if interpreting():
         repair_bfloat16()
     N, block = len(weight), 1024
-    options = *betas, eps, weight_decay
+    options = 1 - betas[0], betas[1], 1 - betas[1], eps, weight_decay
     grid = (triton.cdiv(N, block),)
     adamw_kernel[grid](*row, scale, hyper, good, N, *options, BLOCK=block)
 

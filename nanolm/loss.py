@@ -241,11 +241,11 @@ def settle_kernel(
             tl.store(at, scaled.to(SCALED.dtype.element_ty), mask=(row < N)[:, None])
 
 
-# %% book/07-loss.md, exported cell 5 (6bb5d36d)
+# %% book/07-loss.md, exported cell 5 (db607e6b)
 gluon = optional("triton.experimental.gluon")
 gl = optional("triton.experimental.gluon.language")
 hopper = optional("triton.experimental.gluon.language.nvidia.hopper")
-meet = getattr(gl, "barrier", None) or gl.thread_barrier  # the name before Triton 3.7
+meet = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None)  # by version
 
 
 @gluon.jit
@@ -346,7 +346,7 @@ def weigh_at_once(
     )
 
 
-# %% book/07-loss.md, exported cell 6 (2549e537)
+# %% book/07-loss.md, exported cell 6 (67fcdba7)
 class LossTiles(NamedTuple):
     """The shape of a tile: rows (tokens), columns (words); and how the kernels are launched."""
 
@@ -383,7 +383,7 @@ def can_at_once(hidden: Tensor) -> bool:
     if interpreting() or not hidden.is_cuda or hidden.size(1) not in (64, 128, 256):
         return False
     hopper_card = triton.runtime.driver.active.get_current_target().arch == 90
-    return hopper_card and not isinstance(gluon, Missing)
+    return hopper_card and not isinstance(gluon, Missing) and meet is not None
 
 
 def solid(x: Tensor) -> Tensor:

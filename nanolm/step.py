@@ -42,7 +42,7 @@ def side_by_side(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, lis
     return row, [part.view_as(x) for part, x in zip(parts, tensors, strict=True)]
 
 
-# %% book/09b-step.md, exported cell 2 (565862d5)
+# %% book/09b-step.md, exported cell 2 (f4331963)
 class LayerWeights(NamedTuple):
     """What a layer multiplies with; or where the gradients of these go."""
 
@@ -59,7 +59,7 @@ def joined(parts: list[Tensor]) -> Tensor:
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
         if part.data_ptr() != end or not part.is_contiguous():
-            raise ValueError("the optimizer's parameters must be in the model's order")
+            raise ValueError("the optimizer must hold these in one group, in the model's order")
         end += part.numel() * part.element_size()
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
@@ -78,7 +78,7 @@ def layers_of(tensors: dict[str, Tensor], n_layer: int) -> list[LayerWeights]:
     ]
 
 
-# %% book/09b-step.md, exported cell 3 (70aee424)
+# %% book/09b-step.md, exported cell 3 (8f5b0dd0)
 class Kept(NamedTuple):
     """What the way back needs of a layer."""
 
@@ -118,9 +118,11 @@ class Forward:
 
     def there(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Kept]]:
         """Of ids (B, T): the last norm, the stream before it, its scale; and what to keep."""
-        c, (B, T), kept = self.config, ids.shape, []
-        if T > c.max_seq_len:
-            raise ValueError(f"{T} tokens are more than max_seq_len {c.max_seq_len}")
+        c = self.config
+        if ids.dim() != 2 or not ids.numel() or ids.size(1) > c.max_seq_len:
+            need = f"(batch, time), neither empty, and time at most {c.max_seq_len}"
+            raise ValueError(f"ids must have shape {need}, not {tuple(ids.shape)}")
+        (B, T), kept = ids.shape, []
         if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
             raise ValueError(f"token ids must be in 0..{c.vocab_size - 1}")  # a GPU would wait
         cos, sin = (table[:T] for table in self.tables)
@@ -197,7 +199,7 @@ def clip_scale(grads: list[Tensor], count: int, max_norm: float) -> tuple[Tensor
     return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0) / count
 
 
-# %% book/09b-step.md, exported cell 6 (f4a4c65f)
+# %% book/09b-step.md, exported cell 6 (5810b3ba)
 class Rows(NamedTuple):
     """A group of parameters: each kind of number in a row, and what the optimizer is told."""
 
@@ -221,14 +223,19 @@ def adopt(
     taken unequal numbers of steps.
     """
     names = {p: name for name, p in model.named_parameters()}
-    found, low, places = [], {}, {}
-    for group in (group for group in optimizer.param_groups if group["params"]):
-        params = group["params"]
-        if not all(p in names and p.dtype == torch.float32 and p.requires_grad for p in params):
-            need = "float32 parameters of this model that need a gradient"
-            raise ValueError(f"the optimizer must hold {need}, and no others")
-        if len({float(optimizer.state[p].get("step", 0)) for p in params}) > 1:
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    given = [p for group in groups for p in group["params"]]
+    if not all(p in names and p.dtype == torch.float32 and p.requires_grad for p in given):
+        need = "float32 parameters of this model that need a gradient"
+        raise ValueError(f"the optimizer must hold {need}, and no others")
+    if set(given) != set(names):
+        raise ValueError("the optimizer must hold all parameters of the model")
+    for group in groups:
+        if len({float(optimizer.state[p].get("step", 0)) for p in group["params"]}) > 1:
             raise ValueError("the parameters of a group have taken unequal numbers of steps")
+    found, low, places = [], {}, {}
+    for group in groups:
+        params = group["params"]
         held, row, views = {"weight": [p.detach() for p in params]}, {}, {}
         for name in ("exp_avg", "exp_avg_sq"):
             held[name] = [optimizer.state[p].get(name, torch.zeros_like(p)) for p in params]
@@ -245,8 +252,6 @@ def adopt(
             state.update({name: views[name][i] for name in ("exp_avg", "exp_avg_sq")})
         hyper = torch.zeros(3, device=grad.device)
         found.append(Rows(**row, low=low_row, grad=grad, hyper=hyper, group=group))
-    if set(low) != set(names.values()):
-        raise ValueError("the optimizer must hold all parameters of the model")
     return found, low, places
 
 
@@ -269,7 +274,7 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 8 (b2716787)
+# %% book/09b-step.md, exported cell 8 (b05c45d0)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
@@ -278,8 +283,9 @@ class GraphedStep:
     put other tensors in their place. A step takes `grad_accum` micro-batches, always of one shape;
     the learning rate is that of the optimizer's groups. `grad_clip` 0 is no limit. `reduce` is
     called with the list of summed gradients, flat float32 tensors, and may change them in place.
-    A step whose loss or gradient is not finite changes no weight and no moment; with `latch` no step
-    after it does either. On a CPU nothing is recorded.
+    A step whose loss or gradient is not finite changes no weight and no moment, though it is counted;
+    with `latch` no step after it changes any either. Ids that are no words make the loss not a
+    number on a GPU, and are a ValueError on a CPU, where nothing is recorded.
     """
 
     def __init__(
@@ -297,9 +303,15 @@ class GraphedStep:
         self.rows, low, places = adopt(model, optimizer, dtype)
         self.passes = Passes(model.config, model.tables, low, places)
         self.held = [p for rows in self.rows for p in rows.group["params"]]
-        self.addresses = [p.data_ptr() for p in self.held]
+        self.addresses = self.whereabouts()
         self.batch = torch.zeros(0)
         self.replays: dict[Any, tuple[Any, Any, Any]] = {}
+
+    def whereabouts(self) -> list[int]:
+        """The addresses of the parameters and their moments."""
+        names = ("exp_avg", "exp_avg_sq")
+        moments = [self.optimizer.state[p].get(name) for p in self.held for name in names]
+        return [0 if x is None else x.data_ptr() for x in (*self.held, *moments)]
 
     def work(self) -> tuple[Tensor, Tensor]:
         """A whole step on what lies in `batch`: the mean loss, and the norm of the gradient."""
@@ -323,10 +335,10 @@ class GraphedStep:
 
     def prepare(self) -> None:
         """Put the next step's learning rates and bias corrections where the work reads them."""
-        if [p.data_ptr() for p in self.held] != self.addresses:
+        if self.whereabouts() != self.addresses:
             raise RuntimeError(
-                "the model's tensors are no longer where this GraphedStep put them (it was copied, "
-                "moved, or given to another step): build a new one"
+                "the model's or the optimizer's tensors are no longer where this GraphedStep put "
+                "them (copied, moved, loaded, or given to another step): build a new one"
             )
         for rows in self.rows:
             t = 1 + self.optimizer.state[rows.group["params"][0]]["step"].item()

@@ -249,7 +249,7 @@ def sealed(text: str) -> str:
     return f"# The seal of all that stands in no cell: {seal(text)}\n{text}"
 
 
-# %% book/17-tangle.md, exported cell 8 (dd7d4f7b)
+# %% book/17-tangle.md, exported cell 8 (e253ff76)
 HEADER = '''"""`{package}.{module}`, derived in the book, where each line has its reason:
 
 {titles}
@@ -274,8 +274,9 @@ def render(book: Book, module: str, chapters: list[Chapter]) -> str:
     listed = [name for front in fronts for name in front.get("public", [])]
     for name in sorted(set(listed) - set(owners)):
         raise ValueError(f"{chapters[0].name}: no cell defines the public name `{name}`")
-    public = listed or [name for name in owners if not name.startswith("_")]
-    names = "".join(f'    "{name}",\n' for name in public)
+    if not any("public" in front for front in fronts):
+        listed = [name for name in owners if not name.startswith("_")]
+    names = "".join(f'    "{name}",\n' for name in listed)
     block = import_block([node for cell in cells for node in cell.imports], book.package)
     head = "\n\n".join(filter(None, [header(book, module, chapters), block]))
     bodies = [f"# %% {c.where} ({digest(c.body)})\n{c.body}\n" for c in cells if c.body]

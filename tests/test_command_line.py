@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ from nanolm.__main__ import main
 TINY = "--n-layer 1 --d-model 16 --d-ff 16 --n-head 2 --n-kv-head 1 --max-seq-len 32"
 PACE = "--steps 12 --warmup-steps 2 --eval-every 6 --log-every 3 --checkpoint-every 6"
 SHORT = f"--vocab-size 300 --batch-size 4 {PACE}"
+
+
+@pytest.fixture(autouse=True)
+def no_history(tmp_path, monkeypatch):
+    """Sessions write their history here, not at home."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +81,7 @@ def test_sampling_is_seeded_and_speaks_json(trained, capsys):
 def test_a_person_is_asked_for_prompts(trained, capsys, monkeypatch):
     typed = iter(["The hen", EOFError()])
 
-    def answer():
+    def answer(prompt):
         word = next(typed)
         if isinstance(word, Exception):
             raise word
@@ -84,6 +91,121 @@ def test_a_person_is_asked_for_prompts(trained, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     assert main(["sample", str(trained / "first"), "--max-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("The hen")
+
+
+def rows_of(capsys, *words):
+    """The JSON lines that a command prints."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_prompts_from_a_file_are_one_batch(trained, capsys, tmp_path):
+    run, given = trained / "first", ["Once", "The hen \u00e9", "Long ago"]
+    (tmp_path / "p.txt").write_text("\n\n".join(given) + "\n", encoding="utf-8")
+    lines = [json.dumps({"prompt": given[0]}), *map(json.dumps, given[1:])]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    argv = ["sample", run, "--max-tokens", 5, "--seed", 2, "--json"]
+    rows = rows_of(capsys, *argv, "--prompts", tmp_path / "p.txt", "--logprobs", 2)
+    assert [row["prompt"] for row in rows] == given
+    for row in rows:
+        assert len(row["logprobs"]) == row["tokens"] and len(row["logprobs"][0]["top"]) == 2
+        assert row["logprob"] == pytest.approx(sum(x["logprob"] for x in row["logprobs"]))
+        alone = rows_of(capsys, *argv, "--prompt", row["prompt"])[0]
+        assert alone["text"] == row["text"] and "logprobs" not in alone
+    plain = [{k: v for k, v in row.items() if k != "logprobs"} for row in rows]
+    again = rows_of(capsys, *argv, "--prompts", tmp_path / "p.jsonl", "--batch-size", 2)
+    assert [row["text"] for row in again] == [row["text"] for row in plain]
+    pieces = rows_of(capsys, *argv, "--prompts", tmp_path / "p.txt", "--stream")
+    for i, row in enumerate(rows):
+        mine = [piece for piece in pieces if piece["index"] == i]
+        assert "".join(piece["text"] for piece in mine) == row["text"]
+        assert [piece["finish"] for piece in mine][-1] == row["finish"]
+
+
+def test_a_box_around_each_text(trained, capsys):
+    words = f"sample {trained / 'first'} --prompt Once --prompt Twice --box --max-tokens 5 --seed 1"
+    assert main(words.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("┌") for line in lines) == 2 and {len(x) for x in lines} == {72}
+
+
+def test_the_newest_run_is_the_default(trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "nanolm train --preset pocket" in refused(capsys, ["sample", "--prompt", "x"])
+    for age, name in ((50, "old"), (10, "new"), (90, "older")):
+        shutil.copytree(trained / "first", tmp_path / "runs" / name)
+        for step in (tmp_path / "runs" / name).glob("step-*"):
+            os.utime(step, (time.time() - age,) * 2)
+    (tmp_path / "runs" / "begun").mkdir()
+    assert front.newest_run() == Path("runs/new")
+    assert main(["sample", "--prompt", "Once", "--max-tokens", "1"]) == 0
+
+
+@pytest.mark.parametrize("how", [[], ["--json"], ["--box"]])
+def test_a_diverged_model_is_one_line(trained, capsys, monkeypatch, how):
+    def diverged(*args, **options):
+        found = load(*args, **options)
+        found.model.norm.weight.data.fill_(float("nan"))
+        return found
+
+    load = front.load_checkpoint
+    monkeypatch.setattr(front, "load_checkpoint", diverged)
+    words = ["sample", trained / "first", "--prompt", "Once", *how]
+    assert "the model has diverged" in refused(capsys, words)
+
+
+def test_outgrowing_the_context_is_told(trained, capsys):
+    words = f"sample {trained / 'first'} --prompt Once --max-tokens 90 --seed 1 --stop-tokens !"
+    assert main(words.split()) == 0
+    told = capsys.readouterr().err
+    assert told.count("outgrown the context") == 1 and "last 16 to 32 tokens" in told
+    assert "ask for at most" in refused(capsys, [*words.split(), "--context", "refuse"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a terminal of Unix")
+def test_a_session_on_a_terminal(trained, tmp_path):
+    pexpect = pytest.importorskip("pexpect")
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"}
+    environment |= {"PYTHONPATH": str(Path(front.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    words = ["-m", "nanolm", "sample", str(trained / "first"), "--max-tokens", "4", "--seed", "1"]
+    options = {"encoding": "utf-8", "timeout": 180, "env": environment, "echo": False}
+
+    def begin():
+        session = pexpect.spawn(sys.executable, words, **options)
+        session.expect("ends the session")
+        session.expect("> ")
+        return session
+
+    session = begin()
+    session.sendline("The hen")
+    session.expect("The hen[^\r]+\r\n\r\n")
+    first = session.match.group().strip()
+    session.sendline("/top-p 7")
+    session.expect("top_p must be more than 0")
+    session.sendline("/tempratur 1")
+    session.expect("did you mean --temperature")
+    session.sendline("hen " * 200)
+    session.expect("a prompt has 1 to 32 tokens")
+    session.sendline("/max-tokens 100000000")
+    session.expect("max_tokens=100000000")
+    session.sendline("")  # go on
+    session.expect("outgrown the context")
+    session.sendintr()
+    session.expect("> ")
+    session.sendline("/")
+    session.expect("max_tokens=100000000")
+    session.sendeof()
+    session.expect(pexpect.EOF)
+    session.close()
+    assert session.exitstatus == 0 and first.startswith("The hen")
+    assert "The hen" in (tmp_path / "nanolm" / "history").read_text().splitlines()
+    session = begin()
+    session.send("\x1b[A\r")  # the last line that was typed, in the session before
+    session.expect("max_tokens=4,")
+    session.sendeof()
+    session.expect(pexpect.EOF)
+    session.close()
 
 
 def test_tokenizer_commands_agree_with_the_library(trained, capsys, tmp_path, monkeypatch):
@@ -154,6 +276,15 @@ MISTAKES = {
     "train --device cuda:99": "cuda",
     "sample nobody": "nobody",
     "sample nobody --temperature -1": "temperature|nobody",
+    "sample --top-p 2": "top_p must be",
+    "sample": "no run in runs|nanolm train",
+    "sample --prompts nowhere.txt": "nowhere.txt",
+    "sample --prompts empty.txt": "a prompt in every line",
+    "sample --prompts bad.jsonl": "bad.jsonl",
+    "sample --prompts notes.pdf": "UTF-8",
+    "sample --prompt x --logprobs -1": "logprobs",
+    "sample --prompt x --batch-size 0": "batch-size",
+    "serve --port many": "invalid int",
     "tokenizer train nowhere.txt": "nowhere.txt",
     "tokenizer train empty.txt": "empty",
     "tokenizer train fables:9 --vocab-size 255": "255",
@@ -175,7 +306,8 @@ def test_each_mistake_gets_one_line(words, capsys, tmp_path, monkeypatch):
     Path("empty.txt").touch()
     Path("short.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\nthree\n")
     Path("broken.json").write_text('{"format": "nanolm-tokenizer", "version": 1, "mer')
-    Path("notes.pdf").write_bytes(b"%PDF")
+    Path("notes.pdf").write_bytes(b"%PDF\xff")
+    Path("bad.jsonl").write_text('{"prompt": 3}')
     before = sorted(Path().rglob("*"))
     line = refused(capsys, words.split())
     assert re.search(MISTAKES[words], line), line
@@ -210,7 +342,7 @@ def test_piped_text_is_the_prompt(trained):
 def test_a_person_may_try_another_prompt(trained, capsys, monkeypatch):
     typed = iter(["hen " * 400, "The fox"])
 
-    def answer():
+    def answer(prompt):
         try:
             return next(typed)
         except StopIteration:

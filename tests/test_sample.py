@@ -17,6 +17,7 @@ from nanolm.sample import (
     filter_logits,
     generate,
     generate_ids,
+    next_logits,
     repetition_penalty,
     sample_logits,
     stream,
@@ -25,7 +26,7 @@ from nanolm.sample import (
 )
 from nanolm.tokenizer import END_OF_TEXT, Tokenizer
 
-OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 def random_logits(*shape, seed=0, scale=3.0):
@@ -132,20 +133,40 @@ def test_penalty_equals_transformers(penalty):
     assert torch.equal(repetition_penalty(logits[2], ids[2].tolist(), penalty), theirs[2])
 
 
+@pytest.mark.parametrize("min_p", [1e-4, 0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_min_p_equals_transformers(min_p, seed):
+    logits = random_logits(5, 300, seed=seed)
+    ours = filter_logits(logits, **{**OFF, "min_p": min_p})
+    assert torch.equal(ours, hf.MinPLogitsWarper(min_p)(None, logits))
+
+
+ORDER = [
+    hf.RepetitionPenaltyLogitsProcessor(1.7),
+    hf.TemperatureLogitsWarper(1.6),
+    hf.TopKLogitsWarper(20),
+    hf.TopPLogitsWarper(0.8),
+    hf.MinPLogitsWarper(0.05),
+]
+
+
 def test_all_filters_in_their_order_equal_transformers():
-    logits = random_logits(4, 500)
-    ids = torch.arange(60).reshape(4, 15)
-    theirs = logits
-    for processor in (
-        hf.RepetitionPenaltyLogitsProcessor(1.7),
-        hf.TemperatureLogitsWarper(0.6),
-        hf.TopKLogitsWarper(20),
-        hf.TopPLogitsWarper(0.8),
-    ):
-        theirs = processor(ids, theirs)
+    logits = random_logits(40, 500)
+    ids = torch.arange(600).reshape(40, 15) % 500
+
+    def theirs(order):
+        found = logits
+        for i in order:
+            found = ORDER[i](ids, found)
+        return found
+
     ours = repetition_penalty(logits, ids, 1.7)
-    ours = filter_logits(ours, temperature=0.6, top_k=20, top_p=0.8)
-    assert torch.equal(ours, theirs)
+    ours = filter_logits(ours, temperature=1.6, top_k=20, top_p=0.8, min_p=0.05)
+    assert torch.equal(ours, theirs([0, 1, 2, 3, 4]))
+    for other in ([1, 0, 2, 3, 4], [0, 2, 3, 1, 4], [0, 1, 3, 2, 4], [0, 1, 2, 4, 3]):
+        differs = not torch.equal(ours.isfinite(), theirs(other).isfinite())
+        assert differs == (other != [1, 0, 2, 3, 4]), other
+    assert torch.allclose(ours, theirs([1, 0, 2, 3, 4]))  # these two do commute: both multiply
 
 
 def test_penalty_on_shared_history_and_empty_history():
@@ -185,7 +206,9 @@ def test_half_precision_logits_are_widened_and_the_input_is_untouched():
 # ---- draws
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2}]
+)
 def test_frequencies_match_the_filtered_distribution(options):
     logits, draws = random_logits(12, seed=4, scale=1.5), 40000
     generator = torch.Generator().manual_seed(5)
@@ -280,6 +303,42 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(tokenizer):
 
 def test_stop_ids_end_unseen():
     assert list(generate_ids(Script([5, 6, 7]), [1], GREEDY, stop_ids=(7, 9))) == [5, 6]
+    for unknown in (-1, 257):
+        with pytest.raises(ValueError, match=f"unknown stop token {unknown}"):
+            generate_ids(Script([5]), [1], GREEDY, stop_ids=(unknown,))
+
+
+def test_stop_tokens_end_unseen_and_are_tokens_not_strings(tokenizer):
+    config = SampleConfig(temperature=0, max_tokens=60, stop_tokens=("!", END_OF_TEXT))
+    assert generate(script(tokenizer, "oh! no"), tokenizer, "x", config) == "oh"
+    merged = Tokenizer([(0, 0)])  # "!!" is one token of its own, which "!" does not stop
+    assert generate(script(merged, "oh!!"), merged, "x", config) == "oh!!"
+    with pytest.raises(ValueError, match="unknown stop token 'END'.*3 tokens"):
+        stream(script(tokenizer, "a"), tokenizer, "x", SampleConfig(stop_tokens=("END",)))
+
+
+def test_sliding_is_told_once_and_can_be_refused():
+    model, said = small_model(max_seq_len=16), []
+    config = SampleConfig(temperature=0, max_tokens=60)
+    list(generate_ids(model, [3], config, log=said.append))
+    assert len(said) == 1 and "its last 8 to 16 tokens" in said[0]
+    said.clear()
+    fits = SampleConfig(temperature=0, max_tokens=13, context="refuse")
+    assert len(list(generate_ids(model, [3, 4, 5], fits, log=said.append))) == 13 and not said
+    with pytest.raises(ValueError, match="context of 16: ask for at most 12"):
+        generate_ids(model, [3, 4, 5, 6], fits)
+
+
+@pytest.mark.parametrize("length", range(1, 17))
+def test_the_cache_equals_the_full_forward_for_any_prompt_length(length):
+    model = small_model(max_seq_len=17).double()
+    ids = torch.randint(257, (length + 1,), generator=torch.Generator().manual_seed(length))
+    with torch.inference_mode():
+        cache = model.new_cache(1)
+        before = next_logits(model, ids[:-1].tolist(), cache)
+        after = next_logits(model, ids[-1:].tolist(), cache)
+        full = model(ids[None])[0]
+    assert torch.allclose(before, full[-2]) and torch.allclose(after, full[-1])
 
 
 def test_penalty_looks_at_prompt_and_output():
@@ -377,6 +436,13 @@ def test_stops_do_not_depend_on_how_the_text_is_cut(pieces, stop):
         {"seed": 2**63},
         {"stop": ("",)},
         {"stop": "END"},
+        {"stop": (3,)},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": math.nan},
+        {"stop_tokens": ("",)},
+        {"stop_tokens": "END"},
+        {"context": "roll"},
     ],
 )
 def test_bad_settings_are_one_line(option):
