@@ -362,7 +362,7 @@ def add_rows(place: Tensor, ids: Tensor, grad: Tensor) -> None:
         place.index_add_(0, ids, grad.to(place.dtype))
 
 
-# %% book/07b-fused.md, exported cell 7 (5afdb02f)
+# %% book/07b-fused.md, exported cell 7 (db3cb411)
 def plain_adamw(
     weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor, grad: Tensor, scale: Tensor,
     hyper: Tensor, good: Tensor, betas: tuple[float, float], eps: float, weight_decay: float,
@@ -420,5 +420,5 @@ def launch_adamw(
 
 def adamw_row(weight: Tensor, *others: Tensor, **options: Any) -> None:
     """One step of AdamW on a row of weights: see `plain_adamw`."""
-    way = launch_adamw if weight.is_cuda and has_triton() else plain_adamw
+    way: Any = launch_adamw if weight.is_cuda and has_triton() else plain_adamw
     way(weight, *others, **options)

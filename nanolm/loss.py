@@ -241,17 +241,17 @@ def settle_kernel(
             tl.store(at, scaled.to(SCALED.dtype.element_ty), mask=(row < N)[:, None])
 
 
-# %% book/07-loss.md, exported cell 5 (db607e6b)
+# %% book/07-loss.md, exported cell 5 (db1b0f43)
 gluon = optional("triton.experimental.gluon")
 gl = optional("triton.experimental.gluon.language")
 hopper = optional("triton.experimental.gluon.language.nvidia.hopper")
-meet = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None)  # by version
+meet: Any = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None)  # by version
 
 
 @gluon.jit
 def fetch(
     W, tiles, bars, first, i, count,
-    D: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
+    D: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Ask for tile i of a share of the words, if it has one: `bars` tells when it is there."""
     slot, more = i % STAGES, i < count
@@ -261,7 +261,7 @@ def fetch(
 
 
 @gluon.jit
-def start(x, tiles, bars, scores, i, count, STAGES: gl.constexpr):
+def start(x, tiles, bars, scores, i, count, STAGES: tl.constexpr):
     """Start the product of the rows and tile i, into the registers of these scores."""
     slot = i % STAGES
     hopper.mbarrier.wait(bars.index(slot), (i // STAGES) & 1, pred=i < count)
@@ -271,7 +271,7 @@ def start(x, tiles, bars, scores, i, count, STAGES: gl.constexpr):
 
 @gluon.jit
 def finish(
-    scores, guess, E, room, m, n, V, COLS: gl.constexpr, EVEN: gl.constexpr, MMA: gl.constexpr
+    scores, guess, E, room, m, n, V, COLS: tl.constexpr, EVEN: tl.constexpr, MMA: tl.constexpr
 ):
     """Store a tile's weights; their sums."""
     e = gl.exp2(scores * LOG2_E - gl.expand_dims(guess, 1))
@@ -288,11 +288,11 @@ def finish(
 @gluon.jit
 def weigh_at_once_kernel(
     X, W, GUESS, E, SUMS, N, V, per,
-    D: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
-    EVEN: gl.constexpr, num_warps: gl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, num_warps: tl.constexpr,
 ):  # fmt: skip
     """What `weigh_kernel` does, with the next product under way."""
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLS, 16])
+    MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLS, 16])
     m, first = gl.program_id(0) * ROWS, gl.minimum(gl.program_id(1) * per, V)
     count = gl.cdiv(gl.minimum(per, V - first), 2 * COLS) * 2
     x = gl.allocate_shared_memory(gl.bfloat16, [ROWS, D], X.layout)

@@ -148,7 +148,7 @@ class Forward:
             return linear_cross_entropy(y, self.embedding, targets.flatten())
 
 
-# %% book/09b-step.md, exported cell 4 (ef8b1dca)
+# %% book/09b-step.md, exported cell 4 (77748c4f)
 class Passes(Forward):
     """The forward and backward pass of a Transformer, written out."""
 
@@ -170,8 +170,9 @@ class Passes(Forward):
             dx = self.half_back(dx, d_both, *way, next(rest))
             set_product(place.o_proj, dx.T, was.out.transpose(1, 2).reshape(len(dx), -1), beta=1)
             d_out, d_qkv = heads_of(dx @ layer.o_proj, B, c.head_dim), torch.empty_like(was.qkv)
-            rooms, qkv = (heads_of(x, B, c.head_dim).split(self.counts, 1) for x in (d_qkv, was.qkv))
-            backward_into(rooms, d_out, *qkv, was.out, was.lse, True, c.head_dim**-0.5)
+            rooms = heads_of(d_qkv, B, c.head_dim).split(self.counts, 1)
+            q, k, v = heads_of(was.qkv, B, c.head_dim).split(self.counts, 1)
+            backward_into(rooms, d_out, q, k, v, was.out, was.lse, True, c.head_dim**-0.5)
             cos, sin = (table[: ids.size(1)] for table in self.tables)
             rotate(d_qkv.view(*ids.shape, -1), cos, sin, c.n_head + c.n_kv_head, -1.0)
             way = layer.qkv, place.qkv, was.attn_in, was.x, was.x_scale, layer.attn_norm
