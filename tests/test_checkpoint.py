@@ -445,14 +445,14 @@ def facts(run):
 
 began = time.time()
 assert os.waitpid(start("whole", False), 0)[1] == 0
-long = time.time() - began
+span = (time.time() - began) / 2  # a run is killed within this time, however busy the machine
 whole = facts(home / "whole")
 random.seed(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
 kills, inside, finished, name, before = 0, 0, 0, "run0", 0
 while kills < 50:
     run = home / name
     child = start(name, (run / "config.json").exists())
-    time.sleep(random.uniform(0, 0.6 * long))
+    time.sleep(random.uniform(0, span))
     os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if status == 0:
@@ -463,6 +463,7 @@ while kills < 50:
             else:
                 assert one == other
         finished, name, before = finished + 1, f"run{finished + 1}", 0
+        span *= 0.8
         continue
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
     kills, inside = kills + 1, inside + any(run.glob(".step-*"))
@@ -478,6 +479,7 @@ while kills < 50:
     assert newest >= before, (newest, before)
     if lines:  # every second step is saved: one checkpoint may have been under way
         assert newest >= int(lines[-1][5:7]) // 2 * 2 - 2, (newest, lines[-1])
+    span *= 1.1 if newest == before else 1
     before = newest
 seconds = time.time() - began
 print(json.dumps({"kills": kills, "inside": inside, "finished": finished, "seconds": seconds}))
