@@ -319,7 +319,7 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 9 (17fa9676)
+# %% book/16-command-line.md, exported cell 9 (b83b320f)
 Command = Callable[[argparse.Namespace], int]
 SOURCES = 'files, folders, globs, "fables" or "hf:NAME"'
 
@@ -393,7 +393,7 @@ def build_parser() -> Parser:
         if sizes := {"attention": "B,H,H_KV,T,D", "loss": "N,V,D"}.get(name):
             words = f"shapes {sizes} (default: those of the book)"
             p.add_argument("--shape", nargs="+", metavar="SHAPE", help=words)
-        if name in ("optim", "step"):
+        if name in ("decode", "optim", "step"):
             p.add_argument("--preset", help="shape of the model (default: by device)")
         if name == "attention":
             p.add_argument("--causal", action="store_true", default=None, help="causal (default)")

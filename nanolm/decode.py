@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 626a282b
+# The seal of all that stands in no cell: 36c00593
 """`nanolm.decode`, derived in the book, where each line has its reason:
 
 - book/11b-decode.md: Tokens as fast as they come
@@ -8,6 +8,7 @@ with `python -m nanolm.tangle --update`.
 """
 
 import copy
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -28,34 +29,38 @@ __all__ = [
 ]
 
 
-# %% book/11b-decode.md, exported cell 1 (35d46ada)
+# %% book/11b-decode.md, exported cell 1 (e4b843db)
 def row_counts(config: ModelConfig) -> list[int]:
-    """Rows of a packed layer: queries, keys and values; output; gate and up; down; two norms."""
+    """Rows of a packed layer: queries, keys and values; output; gate and up; two norms."""
     heads = config.n_head + 2 * config.n_kv_head
-    return [heads * config.head_dim, config.d_model, 2 * config.d_ff, config.d_ff, 1, 1]
+    return [heads * config.head_dim, config.d_model, 2 * config.d_ff, 1, 1]
 
 
-def packed(model: Transformer) -> Tensor:
-    """The weights of all blocks, (n_layer, rows, d_model); those that write the stream turned."""
+def packed(model: Transformer) -> tuple[Tensor, Tensor]:
+    """The weights of all blocks: (n_layer, rows, d_model), and down (n_layer, d_model, d_ff)."""
     layers = []
     for block in model.blocks:
         a, m = block.attn, block.mlp
-        rows = [a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, a.o_proj.weight.T]
-        rows += [m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight.T]
+        rows = [a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, a.o_proj.weight]
+        rows += [m.gate_proj.weight, m.up_proj.weight]
         rows += [block.attn_norm.weight[None], block.mlp_norm.weight[None]]
         layers.append(torch.cat([part.detach() for part in rows]))
-    return torch.stack(layers)
+    down = [block.mlp.down_proj.weight.detach() for block in model.blocks]
+    return torch.stack(layers), torch.stack(down)
 
 
-# %% book/11b-decode.md, exported cell 2 (3d60bf4f)
+# %% book/11b-decode.md, exported cell 2 (2b1844c5)
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
 def draw(logits: Tensor, ids: list[int], config: SampleConfig, dice: torch.Generator) -> int:
     """The next id after ids, as `generate_ids` draws it: the same seed gives the same id."""
-    logits = repetition_penalty(logits, ids, config.repetition_penalty)
-    if config.temperature < GREEDY_BELOW and logits.amax().isfinite():
-        return int(logits.argmax())  # the same, without going through all probabilities
+    if config.repetition_penalty != 1:
+        logits = repetition_penalty(logits, ids, config.repetition_penalty)
+    if config.temperature < GREEDY_BELOW:
+        best = int(logits.argmax())  # where there is NaN, that is where
+        if math.isfinite(logits[best]):
+            return best
     options = {name: getattr(config, name) for name in FILTERS if hasattr(config, name)}
     return int(sample_logits(logits, **options, generator=dice))
 
@@ -65,7 +70,9 @@ class Plain:
 
     def __init__(self, model: Transformer, cache: KVCache, vocab_size: int) -> None:
         self.config, self.cache = model.config, cache
-        self.layers = [rows.split(row_counts(model.config)) for rows in packed(model)]
+        pack, down = packed(model)
+        self.layers = [rows.split(row_counts(model.config)) for rows in pack]
+        self.down = down.mT.unbind()
         cos, sin = model.tables
         self.cos, self.sin = torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
         self.norm, self.embedding = model.norm.weight.detach(), model.embedding.weight.detach()
@@ -91,26 +98,29 @@ class Plain:
         where, at = torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
         x = self.embedding[torch.tensor([self.ids[row][-1] for row in rows], device=device)]
         cos, sin, width = self.cos[at][:, None], self.sin[at][:, None], (c.d_model,)
-        mask = None
-        if min(lengths) < max(lengths):
+        mask, everywhere = None, rows == list(range(self.cache.keys.size(1)))
+        abreast = everywhere and min(lengths) == max(lengths)
+        if not abreast:
             mask = (torch.arange(end, device=device) <= at[:, None])[:, None, None]
-        everywhere = rows == list(range(self.cache.keys.size(1)))
-        for layer, (w_qkv, w_o, w_up, w_down, norm1, norm2) in enumerate(self.layers):
+        for layer, (w_qkv, w_o, w_up, norm1, norm2) in enumerate(self.layers):
             keys, values = self.cache.keys[layer], self.cache.values[layer]
             n = F.rms_norm(x, width, norm1[0], c.norm_eps)
             qkv = F.linear(n, w_qkv).unflatten(-1, (-1, c.head_dim))  # (B, H + 2 H_kv, D)
             qk, v = qkv.split((c.n_head + c.n_kv_head, c.n_kv_head), 1)
             qk = (qk * cos + qk.roll(c.head_dim // 2, -1) * sin).to(dtype)
             q, k = qk.split((c.n_head, c.n_kv_head), 1)
-            keys[where, :, at], values[where, :, at] = k, v
+            if abreast:
+                keys[:, :, end - 1], values[:, :, end - 1] = k, v
+            else:
+                keys[where, :, at], values[where, :, at] = k, v
             if not everywhere:
                 keys, values = keys[where], values[where]
             q = q.unflatten(1, (c.n_kv_head, -1))
             out = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask)
-            x = torch.addmm(x, out.flatten(1), w_o)
+            x = torch.addmm(x, out.flatten(1), w_o.T)
             n = F.rms_norm(x, width, norm2[0], c.norm_eps)
             gate, up = F.linear(n, w_up).chunk(2, -1)
-            x = torch.addmm(x, F.silu(gate) * up, w_down)
+            x = torch.addmm(x, F.silu(gate) * up, self.down[layer])
         n = F.rms_norm(x, width, self.norm, c.norm_eps)
         out = F.linear(n, self.embedding[: self.vocab_size])
         return out if dtype == torch.float64 else out.float()
@@ -130,39 +140,37 @@ class Plain:
         return out
 
 
-# %% book/11b-decode.md, exported cell 3 (40f40410)
+# %% book/11b-decode.md, exported cell 3 (89acce30)
 @triton.jit
-def give(PARTS, part, D: tl.constexpr, BD: tl.constexpr):
-    """Put a part (BD,) where its team looks for it; what is no number as a huge one."""
+def give(PARTS, part, g, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr):
+    """Put the part (BD,) of member g where its team looks for it; no number as a huge one."""
     d = tl.arange(0, BD)
     part = tl.where(tl.abs(part) < 1e37, part, 1e37)
-    tl.store(PARTS + d, part, mask=d < D)
+    tl.store(PARTS + d * G + g, part, mask=d < D)
 
 
 @triton.jit
-def sum_of(PARTS, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr):
-    """The sum of G parts, as they are in memory at this moment."""
-    d = tl.arange(0, BD)
-    total = tl.zeros((BD,), tl.float32)
-    for g in tl.static_range(G):
-        total += tl.load(PARTS + g * D + d, mask=d < D, other=0.0, volatile=True)
-    return total
+def parts_now(PARTS, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr):
+    """A team's parts (BD, G) as they are in memory at this moment."""
+    d, g = tl.arange(0, BD), tl.arange(0, G)
+    mask = (d < D)[:, None] & (g >= 0)[None, :]
+    return tl.load(PARTS + d[:, None] * G + g[None, :], mask=mask, other=0.0, volatile=True)
 
 
 @triton.jit
 def take(PARTS, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, WAIT: tl.constexpr):
     """The sum of a team's parts; with WAIT, once all of them are there."""
-    total, tries = sum_of(PARTS, D, BD, G), 0
+    parts, tries = parts_now(PARTS, D, BD, G), 0
     if WAIT:
-        missing = tl.max((total != total).to(tl.int32), 0)
+        missing = tl.max((parts != parts).to(tl.int32))
         while (missing != 0) & (tries < 100000):
-            total = sum_of(PARTS, D, BD, G)
-            missing = tl.max((total != total).to(tl.int32), 0)
+            parts = parts_now(PARTS, D, BD, G)
+            missing = tl.max((parts != parts).to(tl.int32))
             tries += 1
-    return total
+    return tl.sum(parts, 1)
 
 
-# %% book/11b-decode.md, exported cell 4 (584a4945)
+# %% book/11b-decode.md, exported cell 4 (c860f9d9)
 @triton.jit
 def rows_of(PACK, row, keep, D: tl.constexpr, BD: tl.constexpr):
     """Some rows of the pack, as a tile (rows, BD); zero where `keep` says no, and beyond D."""
@@ -179,15 +187,17 @@ def row_of(PACK, row, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def dots(tile, x):
-    """The product of each row of a tile with x."""
-    return tl.sum(tile.to(tl.float32) * x[None, :], 1)
+def columns_of(W, c, keep, D: tl.constexpr, BD: tl.constexpr, LENGTH: tl.constexpr):
+    """Some columns of W (D, LENGTH), as a tile (BD, columns); zero where `keep` says no."""
+    d = tl.arange(0, BD)
+    mask = (d < D)[:, None] & keep[None, :]
+    return tl.load(W + d[:, None] * LENGTH + c[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def blend(tile, x):
-    """The sum of the rows of a tile, each times its number in x."""
-    return tl.sum(tile.to(tl.float32) * x[:, None], 0)
+def dots(tile, x):
+    """The product of each row of a tile with x."""
+    return tl.sum(tile.to(tl.float32) * x[None, :], 1)
 
 
 @triton.jit
@@ -197,118 +207,113 @@ def normed(x, w, eps, D: tl.constexpr):
     return tl.where(square < float("inf"), x * w * tl.math.rsqrt(square + eps), float("nan"))
 
 
-# %% book/11b-decode.md, exported cell 5 (6f0f55ec)
+# %% book/11b-decode.md, exported cell 5 (67c9eef1)
 @triton.jit
 def feed_forward_tiles(
-    PACK, g, f0, FIRST: tl.constexpr, F: tl.constexpr, FG: tl.constexpr, BF: tl.constexpr,
+    PACK, DOWN, g, f0, FIRST: tl.constexpr, F: tl.constexpr, FG: tl.constexpr, BF: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Rows of gate, up and down for BF channels from f0 on of the share of program g."""
+    """Rows of gate and up, columns of down: BF channels from f0 on of the share of member g."""
     f = f0 + tl.arange(0, BF)
-    keep, row = (f < FG) & (g * FG + f < F), FIRST + g * FG + f
-    gate, up = rows_of(PACK, row, keep, D, BD), rows_of(PACK, row + F, keep, D, BD)
-    return gate, up, rows_of(PACK, row + 2 * F, keep, D, BD)
+    channel = g * FG + f
+    keep = (f < FG) & (channel < F)
+    gate = rows_of(PACK, FIRST + channel, keep, D, BD)
+    up = rows_of(PACK, FIRST + F + channel, keep, D, BD)
+    return gate, up, columns_of(DOWN, channel, keep, D, BD, F)
 
 
 @triton.jit
 def feed_forward_part(
-    x, w, gate, up, down, PACK, g, eps, FIRST: tl.constexpr, F: tl.constexpr, FG: tl.constexpr,
-    BF: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    x, w, gate, up, down, PACK, DOWN, g, eps, FIRST: tl.constexpr, F: tl.constexpr,
+    FG: tl.constexpr, BF: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """What FG channels of the feed-forward, the share of program g, add to the stream."""
+    """What FG channels of the feed-forward, the share of member g, add to the stream."""
     n, part = normed(x, w, eps, D), tl.zeros((BD,), tl.float32)
-    for f0 in tl.range(0, FG, BF):
-        a, b = dots(gate, n), dots(up, n)
-        part += blend(down, a * b / (1.0 + tl.exp(-a)))
+    for f0 in tl.static_range(0, FG, BF):
+        a, b, last = dots(gate, n), dots(up, n), down
         if f0 + BF < FG:
-            gate, up, down = feed_forward_tiles(PACK, g, f0 + BF, FIRST, F, FG, BF, D, BD)
+            gate, up, down = feed_forward_tiles(
+                PACK, DOWN, g, f0 + BF, FIRST, F, FG, BF, D, BD
+            )
+        part += dots(last, a * b / (1.0 + tl.exp(-a)))
     return part
 
 
-# %% book/11b-decode.md, exported cell 6 (fa75bf68)
+# %% book/11b-decode.md, exported cell 6 (2227bed1)
 @triton.jit
 def past(KEYS, VALUES, t0, pos, DH: tl.constexpr, BT: tl.constexpr):
-    """Keys, in halves of their channels, and values of BT positions from t0 on, before pos."""
-    t, c, ch = t0 + tl.arange(0, BT), tl.arange(0, DH // 2), tl.arange(0, DH)
-    seen = (t < pos)[:, None]
-    k1 = tl.load(KEYS + t[:, None] * DH + c[None, :], mask=seen, other=0.0)
-    k2 = tl.load(KEYS + t[:, None] * DH + (DH // 2 + c)[None, :], mask=seen, other=0.0)
-    v = tl.load(VALUES + t[:, None] * DH + ch[None, :], mask=seen, other=0.0)
-    return k1, k2, v
+    """Keys and values (BT, DH) of the positions from t0 on, before pos."""
+    t, c = t0 + tl.arange(0, BT), tl.arange(0, DH)
+    at, seen = t[:, None] * DH + c[None, :], (t < pos)[:, None]
+    return tl.load(KEYS + at, mask=seen, other=0.0), tl.load(VALUES + at, mask=seen, other=0.0)
 
 
 @triton.jit
-def attend(
-    KEYS, VALUES, k1, k2, v, q1, q2, m, out, pos, scale,
-    HQ: tl.constexpr, DH: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    """Attention (HQ, DH) of one position to those before it, of which k1, k2, v are the first.
-
-    m holds the scores, to base 2, of the position with itself, and out its value.
-    """
-    z = tl.full((HQ,), 1.0, tl.float32)
+def attend(q, k, v, keys, values, KEYS, VALUES, pos, DH: tl.constexpr, BT: tl.constexpr):
+    """Attention (DH,) of q to its own k and v and to the `pos` positions before, whose first BT
+    keys and values are at hand. q is scaled for powers of two."""
+    m, z, out = tl.sum(q * k, 0), 1.0, v
     for t0 in tl.range(0, pos, BT):
-        s = tl.sum(q1[:, None, :] * k1.to(tl.float32)[None, :, :], 2)
-        s += tl.sum(q2[:, None, :] * k2.to(tl.float32)[None, :, :], 2)
-        s = tl.where((t0 + tl.arange(0, BT) < pos)[None, :], s * scale, -float("inf"))
-        higher = tl.maximum(m, tl.max(s, 1))
-        p, old = tl.math.exp2(s - higher[:, None]), tl.math.exp2(m - higher)
-        z = z * old + tl.sum(p, 1)
-        new = tl.sum(p[:, :, None] * v.to(tl.float32)[None, :, :], 1)
-        out, m = out * old[:, None] + new, higher
-        k1, k2, v = past(KEYS, VALUES, t0 + BT, pos, DH, BT)
-    return out / z[:, None]
+        s = tl.sum(keys.to(tl.float32) * q[None, :], 1)
+        s = tl.where(t0 + tl.arange(0, BT) < pos, s, -float("inf"))
+        higher = tl.maximum(m, tl.max(s, 0))
+        p, old = tl.math.exp2(s - higher), tl.math.exp2(m - higher)
+        z = z * old + tl.sum(p, 0)
+        out = out * old + tl.sum(p[:, None] * values.to(tl.float32), 0)
+        m = higher
+        if t0 + BT < pos:
+            keys, values = past(KEYS, VALUES, t0 + BT, pos, DH, BT)
+    return out / z
 
 
-# %% book/11b-decode.md, exported cell 7 (318717ce)
 @triton.jit
-def attention_tiles(
-    PACK, COS, SIN, KEYS, VALUES, pos, kv, h, NORM: tl.constexpr,
-    H: tl.constexpr, HKV: tl.constexpr, HQ: tl.constexpr, DH: tl.constexpr,
+def rotated(x, cos, sin, DH: tl.constexpr):
+    """x (DH,) turned: x * cos + roll(x) * sin, where sin has its signs."""
+    c = tl.arange(0, DH)
+    return x * cos + tl.gather(x, (c + DH // 2) % DH, 0) * sin
+
+
+@triton.jit
+def head_tiles(
+    PACK, h, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """The rows of the query and the columns of the output of head h."""
+    c = h * DH + tl.arange(0, DH)
+    q = rows_of(PACK, c, c >= 0, D, BD)
+    return q, columns_of(PACK + (H + 2 * HKV) * DH * D, c, c >= 0, D, BD, D)
+
+
+@triton.jit
+def key_tiles(
+    PACK, COS, SIN, KEYS, VALUES, pos, kv, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """All that HQ query heads from h on, which share the key head kv, read from memory."""
-    HALF: tl.constexpr = DH // 2
-    c, ch, r = tl.arange(0, HALF), tl.arange(0, DH), tl.arange(0, HQ * HALF)
-    q_row, o = (h + r // HALF) * DH + r % HALF, tl.arange(0, HQ * DH)
-    k_row = (H + kv) * DH + c
-    w = row_of(PACK, NORM, D, BD)
-    wq1, wq2 = rows_of(PACK, q_row, r >= 0, D, BD), rows_of(PACK, q_row + HALF, r >= 0, D, BD)
-    wk1, wk2 = rows_of(PACK, k_row, c >= 0, D, BD), rows_of(PACK, k_row + HALF, c >= 0, D, BD)
-    wv = rows_of(PACK, (H + HKV + kv) * DH + ch, ch >= 0, D, BD)
-    wo = rows_of(PACK, (H + 2 * HKV + h) * DH + o, o >= 0, D, BD)
-    cos, sin = tl.load(COS + pos * HALF + c), tl.load(SIN + pos * HALF + c)
-    k1, k2, v = past(KEYS, VALUES, 0, pos, DH, BT)
-    return w, wq1, wq2, wk1, wk2, wv, wo, cos, sin, k1, k2, v
+    """The rows of key and value of the key head kv, its rotation, and what is in the cache."""
+    c = tl.arange(0, DH)
+    wk = rows_of(PACK, (H + kv) * DH + c, c >= 0, D, BD)
+    wv = rows_of(PACK, (H + HKV + kv) * DH + c, c >= 0, D, BD)
+    angle = pos * (DH // 2) + c % (DH // 2)
+    cos, sin = tl.load(COS + angle), tl.load(SIN + angle)
+    keys, values = past(KEYS, VALUES, 0, pos, DH, BT)
+    return wk, wv, cos, tl.where(c < DH // 2, -sin, sin), keys, values
 
 
 @triton.jit
-def attention_part(
-    x, w, wq1, wq2, wk1, wk2, wv, wo, cos, sin, old_k1, old_k2, old_v,
-    KEYS, VALUES, pos, writes, eps, scale,
-    HQ: tl.constexpr, DH: tl.constexpr, D: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    """What these heads add to the stream; the new key and value go to the cache."""
-    HALF: tl.constexpr = DH // 2
-    kind: tl.constexpr = KEYS.dtype.element_ty
-    c, ch = tl.arange(0, HALF), tl.arange(0, DH)
-    n = normed(x, w, eps, D)
-    q1, q2 = tl.reshape(dots(wq1, n), (HQ, HALF)), tl.reshape(dots(wq2, n), (HQ, HALF))
-    k1, k2, v = dots(wk1, n), dots(wk2, n), dots(wv, n).to(kind)
-    q1, q2 = q1 * cos[None, :] - q2 * sin[None, :], q2 * cos[None, :] + q1 * sin[None, :]
-    k1, k2 = (k1 * cos - k2 * sin).to(kind), (k2 * cos + k1 * sin).to(kind)
-    if writes:
-        tl.store(KEYS + pos * DH + c, k1)
-        tl.store(KEYS + pos * DH + HALF + c, k2)
-        tl.store(VALUES + pos * DH + ch, v)
-    k1, k2 = k1.to(tl.float32), k2.to(tl.float32)
-    m = tl.sum(q1 * k1[None, :] + q2 * k2[None, :], 1) * scale
-    out = tl.zeros((HQ, DH), tl.float32) + v.to(tl.float32)[None, :]
-    out = attend(KEYS, VALUES, old_k1, old_k2, old_v, q1, q2, m, out, pos, scale, HQ, DH, BT)
-    return blend(wo, tl.reshape(out, (HQ * DH,)))
+def new_key(n, wk, wv, cos, sin, DH: tl.constexpr, KIND: tl.constexpr):
+    """Key and value (DH,) of this position, as they will be in the cache."""
+    return rotated(dots(wk, n), cos, sin, DH).to(KIND), dots(wv, n).to(KIND)
 
 
-# %% book/11b-decode.md, exported cell 8 (66128f6a)
+@triton.jit
+def keep(KEYS, VALUES, k, v, pos, DH: tl.constexpr):
+    """Put the key and value of this position into the cache."""
+    c = tl.arange(0, DH)
+    tl.store(KEYS + pos * DH + c, k)
+    tl.store(VALUES + pos * DH + c, v)
+
+
+# %% book/11b-decode.md, exported cell 7 (c94d3b81)
 @triton.jit
 def best_word(BEST, WORD, TILES: tl.constexpr, BTILES: tl.constexpr):
     """The best score that the tiles have found for a row, and its word, the first of equals."""
@@ -321,7 +326,7 @@ def best_word(BEST, WORD, TILES: tl.constexpr, BTILES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["i", "only"])
 def layers_kernel(
-    PACK, EMBEDDING, NORM, COS, SIN, KEYS, VALUES, PARTS, HIDDEN, BEST, WORD, STATE,
+    PACK, DOWN, EMBEDDING, NORM, COS, SIN, KEYS, VALUES, PARTS, HIDDEN, BEST, WORD, STATE,
     i, only, B, T, eps, scale,
     L: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, G: tl.constexpr, BT: tl.constexpr,
@@ -329,13 +334,13 @@ def layers_kernel(
 ):  # fmt: skip
     """All layers, for one position of each row, by teams of G; with SPLIT, the half `only`."""
     b, g = tl.program_id(0) // G, tl.program_id(0) % G
-    HP: tl.constexpr = H // G  # heads of a program, of which HQ share a key head
-    QPK: tl.constexpr = H // HKV
-    HQ: tl.constexpr = HP if HP < QPK else QPK
+    HP: tl.constexpr = H // G  # heads of a program
+    QPK: tl.constexpr = H // HKV  # heads that share a key
     FG: tl.constexpr = (F + G - 1) // G
     UP: tl.constexpr = 2 * (H + HKV) * DH
-    NORMS: tl.constexpr = UP + 3 * F
+    NORMS: tl.constexpr = UP + 2 * F
     WAIT: tl.constexpr = (G > 1) and (not SPLIT)
+    KIND: tl.constexpr = KEYS.dtype.element_ty
     start = tl.load(STATE + b * 4 + 1).to(tl.int32)
     pos = start + i
     if (start >= 0) & (pos < T):
@@ -348,40 +353,59 @@ def layers_kernel(
         if SPLIT:
             end = tl.minimum(only // 2 + 1, L)
         for layer in tl.range(0, end):
-            pack = PACK + layer * ((NORMS + 2) * D)
+            pack, low = PACK + layer * ((NORMS + 2) * D), DOWN + layer * (D * F)
             place = PARTS + ((2 * layer * B + b) * G) * D
             part = tl.zeros((BD,), tl.float32)
-            for j in tl.static_range(HP // HQ):
-                h = g * HP + j * HQ
-                kv = h // QPK
-                slot = ((layer * B + b).to(tl.int64) * HKV + kv) * (T * DH)
-                w, wq1, wq2, wk1, wk2, wv, wo, cos, sin, k1, k2, v = attention_tiles(
-                    pack, COS, SIN, KEYS + slot, VALUES + slot, pos, kv, h, NORMS,
-                    H, HKV, HQ, DH, D, BD, BT,
-                )  # fmt: skip
-                if (G > 1) and (j == 0):
-                    if layer > 0:
-                        x += take(place - B * G * D, D, BD, G, WAIT)
-                if (not SPLIT) or only == 2 * layer:
-                    part += attention_part(
-                        x, w, wq1, wq2, wk1, wk2, wv, wo, cos, sin, k1, k2, v,
-                        KEYS + slot, VALUES + slot, pos, h % QPK == 0, eps, scale, HQ, DH, D, BT,
+            wq, wo = head_tiles(pack, g * HP, H, HKV, DH, D, BD)
+            slot = ((layer * B + b).to(tl.int64) * HKV + g * HP // QPK) * (T * DH)
+            wk, wv, cos, sin, keys, values = key_tiles(
+                pack, COS, SIN, KEYS + slot, VALUES + slot, pos, g * HP // QPK, H, HKV, DH, D, BD, BT
+            )
+            w = row_of(pack, NORMS, D, BD)
+            if G > 1:
+                if layer > 0:
+                    x += take(place - B * G * D, D, BD, G, WAIT)
+            if (not SPLIT) or only == 2 * layer:
+                n = normed(x, w, eps, D)
+                k, v = new_key(n, wk, wv, cos, sin, DH, KIND)
+                for j in tl.static_range(HP):
+                    h = g * HP + j
+                    if (j > 0) and (j % QPK == 0):  # the next key head
+                        keep(KEYS + slot, VALUES + slot, k, v, pos, DH)
+                        slot += T * DH
+                        wk, wv, cos, sin, keys, values = key_tiles(
+                            pack, COS, SIN, KEYS + slot, VALUES + slot, pos, h // QPK,
+                            H, HKV, DH, D, BD, BT,
+                        )  # fmt: skip
+                        k, v = new_key(n, wk, wv, cos, sin, DH, KIND)
+                    q = rotated(dots(wq, n), cos, sin, DH) * scale
+                    w_o = wo
+                    if j + 1 < HP:
+                        wq, wo = head_tiles(pack, h + 1, H, HKV, DH, D, BD)
+                    out = attend(
+                        q, k.to(tl.float32), v.to(tl.float32), keys, values, KEYS + slot,
+                        VALUES + slot, pos, DH, BT,
                     )  # fmt: skip
-            if G == 1:
-                x += part
-            elif (not SPLIT) or only == 2 * layer:
-                give(place + g * D, part, D, BD)
+                    part += dots(w_o, out)
+                if G > 1:
+                    give(place, part, g, D, BD, G)
+                else:
+                    x += part
+                if g * HP % QPK == 0:  # of the members that share a key, one keeps it
+                    keep(KEYS + slot, VALUES + slot, k, v, pos, DH)
             w = row_of(pack, NORMS + 1, D, BD)
-            gate, up, down = feed_forward_tiles(pack, g, 0, UP, F, FG, BF, D, BD)
+            gate, up, down = feed_forward_tiles(pack, low, g, 0, UP, F, FG, BF, D, BD)
             if G > 1:
                 if (not SPLIT) or only > 2 * layer:
                     x += take(place, D, BD, G, WAIT)
             if (not SPLIT) or only == 2 * layer + 1:
-                part = feed_forward_part(x, w, gate, up, down, pack, g, eps, UP, F, FG, BF, D, BD)
+                part = feed_forward_part(
+                    x, w, gate, up, down, pack, low, g, eps, UP, F, FG, BF, D, BD
+                )
                 if G == 1:
                     x += part
                 else:
-                    give(place + (B * G + g) * D, part, D, BD)
+                    give(place + B * G * D, part, g, D, BD, G)
         if g == 0:
             if (not SPLIT) or only == 2 * L:
                 w, d = row_of(NORM, 0, D, BD), tl.arange(0, BD)
@@ -391,7 +415,7 @@ def layers_kernel(
                 tl.store(HIDDEN + b * D + d, n.to(HIDDEN.dtype.element_ty), mask=d < D)
 
 
-# %% book/11b-decode.md, exported cell 9 (092de303)
+# %% book/11b-decode.md, exported cell 8 (092de303)
 @triton.jit
 def exponential(seed, word, drawn):
     """A random time for each word: Philox, with the 7 rounds that Salmon et al. (2011) need."""
@@ -442,7 +466,7 @@ def head_kernel(
         tl.store(PARTS + part, float("nan"), mask=part < parts)
 
 
-# %% book/11b-decode.md, exported cell 10 (437f223c)
+# %% book/11b-decode.md, exported cell 9 (437f223c)
 @triton.jit
 def threshold(x, share, SUM: tl.constexpr):
     """The largest t for which the x >= t are at least `share` many, or sum up to it; x >= 0."""
@@ -507,7 +531,7 @@ def settle_kernel(BEST, WORD, STATE, IDS, steps, B, T, TILES: tl.constexpr, BTIL
             tl.store(STATE + b * 4 + 2, drawn + i + 1)
 
 
-# %% book/11b-decode.md, exported cell 11 (98b69de2)
+# %% book/11b-decode.md, exported cell 10 (b31a4d1d)
 def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << (n - 1).bit_length()
@@ -530,6 +554,7 @@ class Plan(NamedTuple):
     BF: int = 32  # channels of the feed-forward at a time
     WORDS: int = 64  # words at a time
     num_warps: int = 8
+    maxnreg: int | None = None  # registers of a thread at most
 
 
 def fits(config: ModelConfig, dtype: torch.dtype) -> bool:
@@ -540,6 +565,10 @@ def fits(config: ModelConfig, dtype: torch.dtype) -> bool:
     return whole and room and dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
+# what was fastest on an H200, by the size of the team
+TUNED = {8: Plan(8, BT=512, num_warps=16), 2: Plan(2, num_warps=16), 1: Plan(1, num_warps=16)}
+
+
 def choose_plan(config: ModelConfig, batch_size: int, device: torch.device) -> Plan:
     """The largest team, of 8 at most, for which all programs run at the same time."""
     room, team = 1, 1
@@ -547,7 +576,7 @@ def choose_plan(config: ModelConfig, batch_size: int, device: torch.device) -> P
         room = torch.cuda.get_device_properties(device).multi_processor_count
     while 2 * team <= min(8, config.n_head) and 2 * team * batch_size <= room:
         team *= 2
-    return Plan(team)
+    return TUNED.get(team, Plan(team))
 
 
 class Kernels:
@@ -558,7 +587,7 @@ class Kernels:
     ) -> None:
         c, self.weight, B = model.config, model.embedding.weight.detach(), cache.keys.size(1)
         self.config, self.cache, self.vocab_size, self.tables = c, cache, vocab_size, model.tables
-        self.pack, self.norm = packed(model), model.norm.weight.detach()
+        (self.pack, self.down), self.norm = packed(model), model.norm.weight.detach()
         self.plan = plan or choose_plan(c, B, self.weight.device)
         there: dict[str, Any] = {"device": self.weight.device}
         # the token to be read, how many have been (-1: an empty row), ids drawn, seed
@@ -566,7 +595,7 @@ class Kernels:
         # 1 / temperature, whether to draw, top_k, top_p, min_p, repetition penalty
         self.settings = torch.tensor([[1.0, 0, 0, 1, 0, 1]] * B, **there)
         self.seen = torch.zeros(B, vocab_size, dtype=torch.int8, **there)
-        self.parts = torch.full((2 * c.n_layer, B, self.plan.G, c.d_model), torch.nan, **there)
+        self.parts = torch.full((2 * c.n_layer, B, c.d_model, self.plan.G), torch.nan, **there)
         self.hidden = self.weight.new_zeros(B, c.d_model)
         self.logits = torch.zeros(B, vocab_size, **there)
         self.replays: dict[tuple[int, bool], Any] = {}
@@ -637,18 +666,20 @@ class Kernels:
         """The layers of step i: one launch, or one for each half of a layer and one to end."""
         c, B, plan = self.config, len(self.state), self.plan
         split = plan.SPLIT and plan.G > 1
+        BD, BT = power_of_two(c.d_model), min(plan.BT, max(power_of_two(c.max_seq_len), 16))
+        warps = min(plan.num_warps, plan.G * BD // 32)  # no part is read by two threads
         for only in range(2 * c.n_layer + 1) if split else [0]:
             layers_kernel[(B * plan.G,)](
-                self.pack, self.weight, self.norm, *self.tables, self.cache.keys,
+                self.pack, self.down, self.weight, self.norm, *self.tables, self.cache.keys,
                 self.cache.values, self.parts, self.hidden, best, word, self.state, i, only, B,
                 c.max_seq_len, c.norm_eps, LOG2_E * c.head_dim**-0.5,
                 L=c.n_layer, H=c.n_head, HKV=c.n_kv_head, DH=c.head_dim, D=c.d_model,
-                BD=power_of_two(c.d_model), F=c.d_ff, BF=plan.BF, G=plan.G, BT=plan.BT,
-                SPLIT=split, num_warps=plan.num_warps, **known,
+                BD=BD, F=c.d_ff, BF=plan.BF, G=plan.G, BT=BT,
+                SPLIT=split, num_warps=warps, maxnreg=plan.maxnreg, **known,
             )  # fmt: skip
 
 
-# %% book/11b-decode.md, exported cell 12 (a6945183)
+# %% book/11b-decode.md, exported cell 11 (a6945183)
 class Decoder:
     """Continues up to batch_size texts side by side, on memory allocated once.
 
@@ -740,8 +771,8 @@ class Decoder:
         return ids
 
 
-# %% book/11b-decode.md, exported cell 13 (32aab4b0)
-AT_ONCE = 32  # steps in a recording
+# %% book/11b-decode.md, exported cell 12 (6e56659b)
+AT_ONCE = 64  # steps in a recording
 
 
 def decode(
@@ -792,11 +823,9 @@ def slide(decoder: Decoder, texts: dict[int, list[int]]) -> None:
 
 def accept(done: list[int], found: list[int], most: int, stop_ids: Collection[int]) -> bool:
     """Append what was found to what is done; whether the text is complete."""
-    for token in found:
-        if token == -2:
-            raise ValueError("the logits hold NaN or infinity: the model has diverged")
-        if token in stop_ids or len(done) == most:
-            return True
-        if token >= 0:
-            done.append(token)
-    return len(done) == most
+    found = found[: most - len(done)]
+    end = next((i for i, token in enumerate(found) if token in stop_ids), len(found))
+    if -2 in found[:end]:
+        raise ValueError("the logits hold NaN or infinity: the model has diverged")
+    done += [token for token in found[:end] if token >= 0]
+    return end < len(found) or len(done) == most

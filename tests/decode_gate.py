@@ -11,24 +11,22 @@ import sys
 
 import torch
 
-from nanolm.decode import Decoder, Plan
+from nanolm.decode import Kernels, Plan
 from nanolm.interpret import compile_only, resources
 from nanolm.model import ModelConfig, Transformer
-from nanolm.sample import SampleConfig
 
 CARDS = (80, 86, 89, 90)
-SIZES = ((1, Plan(8)), (64, Plan(2)), (200, Plan(1)))
+SIZES = ((1, Plan(8)), (64, Plan(2)))
 
 
 def compiled(card, batch_size, plan, preset="default", dtype=torch.bfloat16):
     """What each of the kernels takes, without filters and with them."""
     with torch.device("meta"):
         model = Transformer(ModelConfig.preset(preset)).to(dtype)
-    decoder = Decoder(model, batch_size, plan=plan, kernels=True)
+    engine = Kernels(model, model.new_cache(batch_size), model.config.vocab_size, plan)
     with compile_only(card) as found:
-        decoder.launch(1)
-        decoder.lengths[0], decoder.configs[0] = 0, SampleConfig(top_k=5)
-        decoder.launch(1)
+        for filters in (False, True):
+            engine.launch(1, filters)
     case = f"sm_{card}-{preset}-B{batch_size}-G{plan.G}"
     return [{"case": case, "kernel": name} | resources(kernel) for name, kernel in found]
 
