@@ -870,7 +870,20 @@ WRITERS: dict[str, Callable[[Transformer], Writer]] = {
 }
 
 
-# %% book/14-bench.md, exported cell 26 (a240d5a7)
+# %% book/14-bench.md, exported cell 26 (6fa38bc7)
+def single(function: Callable, device: str) -> Sampler:
+    """A sampler of single calls, which last long enough for any clock."""
+    clock = waited if torch.device(device).type == "cuda" else time.perf_counter
+
+    def sample() -> Callable[[], float]:
+        start = clock()
+        function()
+        seconds = clock() - start
+        return lambda: seconds
+
+    return sample
+
+
 @torch.no_grad()
 def likelihood(model: Transformer, prompts: Tensor, ids: Tensor, count: int = 16) -> Tensor:
     """The mean log-probability (B,) that a model gives to the first ids (B, n) after prompts."""
@@ -919,7 +932,7 @@ def bench_decode(
         rows = contest(
             f"decode, {preset}, {n} tokens after 16, {kind}", f"{B} text{'s' * (B > 1)}", passes,
             amount=B * n, unit="tok", tolerance=0.1, device=device,
-            repeats=3 if repeats is None else repeats, sampler_of=queued,
+            repeats=5 if repeats is None else repeats, sampler_of=single,
         )  # fmt: skip
         yield from ({"preset": preset, "texts": B, "tokens": n} | row for row in rows)
 

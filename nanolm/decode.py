@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-# %% book/11b-decode.md, exported cell 1 (e4b843db)
+# %% book/11b-decode.md, exported cell 1 (1b1494f1)
 def row_counts(config: ModelConfig) -> list[int]:
     """Rows of a packed layer: queries, keys and values; output; gate and up; two norms."""
     heads = config.n_head + 2 * config.n_kv_head
@@ -38,14 +38,14 @@ def row_counts(config: ModelConfig) -> list[int]:
 
 def packed(model: Transformer) -> tuple[Tensor, Tensor]:
     """The weights of all blocks: (n_layer, rows, d_model), and down (n_layer, d_model, d_ff)."""
-    layers = []
-    for block in model.blocks:
+    layers, blocks = [], list[Any](model.blocks)
+    for block in blocks:
         a, m = block.attn, block.mlp
         rows = [a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, a.o_proj.weight]
         rows += [m.gate_proj.weight, m.up_proj.weight]
         rows += [block.attn_norm.weight[None], block.mlp_norm.weight[None]]
         layers.append(torch.cat([part.detach() for part in rows]))
-    down = [block.mlp.down_proj.weight.detach() for block in model.blocks]
+    down = [block.mlp.down_proj.weight.detach() for block in blocks]
     return torch.stack(layers), torch.stack(down)
 
 
@@ -313,7 +313,7 @@ def keep(KEYS, VALUES, k, v, pos, DH: tl.constexpr):
     tl.store(VALUES + pos * DH + c, v)
 
 
-# %% book/11b-decode.md, exported cell 7 (c94d3b81)
+# %% book/11b-decode.md, exported cell 7 (be4e58b7)
 @triton.jit
 def best_word(BEST, WORD, TILES: tl.constexpr, BTILES: tl.constexpr):
     """The best score that the tiles have found for a row, and its word, the first of equals."""
@@ -357,9 +357,10 @@ def layers_kernel(
             place = PARTS + ((2 * layer * B + b) * G) * D
             part = tl.zeros((BD,), tl.float32)
             wq, wo = head_tiles(pack, g * HP, H, HKV, DH, D, BD)
-            slot = ((layer * B + b).to(tl.int64) * HKV + g * HP // QPK) * (T * DH)
+            kv = g * HP // QPK
+            slot = ((layer * B + b).to(tl.int64) * HKV + kv) * (T * DH)
             wk, wv, cos, sin, keys, values = key_tiles(
-                pack, COS, SIN, KEYS + slot, VALUES + slot, pos, g * HP // QPK, H, HKV, DH, D, BD, BT
+                pack, COS, SIN, KEYS + slot, VALUES + slot, pos, kv, H, HKV, DH, D, BD, BT
             )
             w = row_of(pack, NORMS, D, BD)
             if G > 1:
@@ -466,11 +467,11 @@ def head_kernel(
         tl.store(PARTS + part, float("nan"), mask=part < parts)
 
 
-# %% book/11b-decode.md, exported cell 9 (437f223c)
+# %% book/11b-decode.md, exported cell 9 (8153e346)
 @triton.jit
 def threshold(x, share, SUM: tl.constexpr):
     """The largest t for which the x >= t are at least `share` many, or sum up to it; x >= 0."""
-    t = 0
+    t = tl.full((), 0, tl.int32)
     for j in tl.range(0, 31):
         more = t | (1 << (30 - j))
         bound = more.to(tl.float32, bitcast=True)
@@ -679,7 +680,7 @@ class Kernels:
             )  # fmt: skip
 
 
-# %% book/11b-decode.md, exported cell 11 (a6945183)
+# %% book/11b-decode.md, exported cell 11 (338aa2e5)
 class Decoder:
     """Continues up to batch_size texts side by side, on memory allocated once.
 
@@ -745,7 +746,7 @@ class Decoder:
         """Give rows a prompt each, and say how to continue it. ValueError for a bad prompt."""
         self.check(prompts)
         fresh = torch.Generator().seed() % 2**32  # not from the global state
-        seeds = [fresh + row if c.seed is None else c.seed for row, c in zip(rows, configs, strict=True)]
+        seeds = [fresh + j if c.seed is None else c.seed for j, c in enumerate(configs)]
         with torch.inference_mode():
             self.engine.start(rows, prompts, seeds, configs)
         self.read(rows, prompts)
@@ -760,7 +761,7 @@ class Decoder:
 
     @torch.inference_mode()
     def steps(self, n: int) -> Tensor:
-        """The next n ids of each row, (B, n) int64: -1 where it is empty or full, -2 for bad logits.
+        """The next n ids of each row, (B, n): -1 where it is empty or full, -2 for bad logits.
 
         On a GPU this returns before they are computed; to read them is to wait.
         """
@@ -771,14 +772,14 @@ class Decoder:
         return ids
 
 
-# %% book/11b-decode.md, exported cell 12 (6e56659b)
+# %% book/11b-decode.md, exported cell 12 (d19c54e2)
 AT_ONCE = 64  # steps in a recording
 
 
 def decode(
     model: Transformer | Decoder,
     prompts: Sequence[Sequence[int]],
-    config: SampleConfig = SampleConfig(),
+    config: SampleConfig,
     stop_ids: Collection[int] = (),
     *,
     vocab_size: int | None = None,
