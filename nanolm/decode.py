@@ -532,7 +532,7 @@ def settle_kernel(BEST, WORD, STATE, IDS, steps, B, T, TILES: tl.constexpr, BTIL
             tl.store(STATE + b * 4 + 2, drawn + i + 1)
 
 
-# %% book/11b-decode.md, exported cell 10 (b31a4d1d)
+# %% book/11b-decode.md, exported cell 10 (91208112)
 def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << (n - 1).bit_length()
@@ -566,18 +566,26 @@ def fits(config: ModelConfig, dtype: torch.dtype) -> bool:
     return whole and room and dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
-# what was fastest on an H200, by the size of the team
-TUNED = {8: Plan(8, BT=512, num_warps=16), 2: Plan(2, num_warps=16), 1: Plan(1, num_warps=16)}
+# what was fastest on an H200, the largest teams first
+TUNED = (Plan(8, BT=512), Plan(4), Plan(2, num_warps=16), Plan(1, num_warps=16))
+
+
+def programs_at_once(plan: Plan, processors: int) -> int:
+    """How many programs surely run at the same time: two a processor, if their registers fit."""
+    registers = 32 * plan.num_warps * (plan.maxnreg or 255)
+    return processors * (2 if 2 * registers <= 2**16 else 1)
 
 
 def choose_plan(config: ModelConfig, batch_size: int, device: torch.device) -> Plan:
-    """The largest team, of 8 at most, for which all programs run at the same time."""
-    room, team = 1, 1
+    """The plan with the largest team for which all programs run at the same time."""
+    processors = 1
     if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).multi_processor_count
-    while 2 * team <= min(8, config.n_head) and 2 * team * batch_size <= room:
-        team *= 2
-    return TUNED.get(team, Plan(team))
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    for plan in TUNED:
+        room = programs_at_once(plan, processors)
+        if plan.G <= config.n_head and plan.G * batch_size <= room:
+            return plan
+    return TUNED[-1]  # teams of one wait for nobody
 
 
 class Kernels:

@@ -20,7 +20,16 @@ from apart import NO_TRITON, python
 from place import DEVICE, on_gpu, with_kernels
 from seeded import one_seed  # noqa: F401
 
-from nanolm.decode import Decoder, Kernels, Plan, choose_plan, decode, fits, packed
+from nanolm.decode import (
+    Decoder,
+    Kernels,
+    Plan,
+    choose_plan,
+    decode,
+    fits,
+    packed,
+    programs_at_once,
+)
 from nanolm.interpret import checked, interpreting
 from nanolm.model import ModelConfig, Transformer
 from nanolm.sample import SampleConfig, filter_logits, generate_ids
@@ -31,9 +40,9 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SMALL = dict(vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, d_model=64, d_ff=48, max_seq_len=24)
-GREEDY = SampleConfig(max_tokens=5, temperature=0.0)
+GREEDY = SampleConfig(max_tokens=3, temperature=0.0)
 WAITS = not interpreting()
-PLANS = [Plan(1, BT=16, BF=16, WORDS=32), Plan(2, not WAITS, 16, 16, 16), Plan(4, not WAITS, 32)]
+PLANS = [Plan(1, BT=16, BF=16, WORDS=32), Plan(4, not WAITS, BT=32, BF=16)]
 
 
 def some_model(dtype=torch.float32, device="cpu", **changes):
@@ -229,22 +238,20 @@ def kernel_logits(model, texts, plan):
 
 
 SHAPES = [
-    {},
     {"n_kv_head": 4},
-    {"n_kv_head": 1},
-    {"d_ff": 7},
-    {"n_layer": 1, "vocab_size": 33},
-    {"n_head": 1, "n_kv_head": 1, "d_model": 48 // 3},
+    {"n_kv_head": 1, "n_layer": 1},
+    {"d_ff": 7, "n_layer": 1, "vocab_size": 33},
+    {"n_head": 1, "n_kv_head": 1, "d_model": 16},
 ]
 
 
 @with_kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("team", [1, 4])
+@pytest.mark.parametrize("team", [1, 2])
 def test_kernels_at_every_shape(shape, team):
     model = some_model(**shape)
     V = model.config.vocab_size
-    texts = some_prompts(1, 18, vocab_size=V)
+    texts = some_prompts(1, 18, vocab_size=V)  # in blocks of 16
     plan = Plan(min(team, model.config.n_head), not WAITS, BT=16, BF=16, WORDS=32)
     found = kernel_logits(model, texts, plan).cpu()
     for logits, ids in zip(found, texts, strict=True):
@@ -253,10 +260,10 @@ def test_kernels_at_every_shape(shape, team):
 
 
 @with_kernels
-@pytest.mark.parametrize("plan", PLANS[:2], ids=lambda plan: f"team{plan.G}")
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"team{plan.G}")
 def test_in_bfloat16_the_error_is_at_most_twice_that_of_pytorch(plan):
     low = some_model(torch.bfloat16)
-    texts = some_prompts(1, 9, 20)
+    texts = some_prompts(1, 20)
     found = kernel_logits(low, texts, plan).double().cpu()
     low, exact = low.cpu(), copy.deepcopy(low).cpu().double()
     for logits, ids in zip(found, texts, strict=True):
@@ -276,7 +283,7 @@ def test_a_part_that_is_missing_is_noticed():
 
 
 @with_kernels
-@pytest.mark.parametrize("plan", PLANS[:2], ids=lambda plan: f"team{plan.G}")
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"team{plan.G}")
 @pytest.mark.parametrize("config", [GREEDY, SampleConfig(top_k=3, seed=1), SampleConfig(seed=1)])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_kernels_say_when_a_model_has_diverged(plan, config, bad):
@@ -331,24 +338,24 @@ def chosen(engine, steps):
     [
         SampleConfig(temperature=0.7, top_k=12),
         SampleConfig(temperature=1.3, top_p=0.8),
-        SampleConfig(temperature=1.0, top_k=20, top_p=0.7),
+        SampleConfig(temperature=1.0, top_k=12, top_p=0.7),
     ],
 )
 def test_filtered_frequencies(config):
-    logits = 1.5 * torch.randn(70)
+    logits = 1.5 * torch.randn(30)
     options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     p = filter_logits(logits, **options).softmax(-1)
-    found = chosen(engine_for_draws(logits, config, 40), 40)
-    statistic, limit = chi_square(torch.bincount(found.flatten(), minlength=70), p)
+    found = chosen(engine_for_draws(logits, config, 30), 25)
+    statistic, limit = chi_square(torch.bincount(found.flatten(), minlength=30), p)
     assert statistic < limit
-    wrong, _ = chi_square(torch.bincount(found.flatten(), minlength=70), (p + 0.005) / 1.35)
+    wrong, _ = chi_square(torch.bincount(found.flatten(), minlength=30), (p + 0.02) / 1.6)
     assert wrong > limit, "and another distribution would have been noticed"
 
 
 @with_kernels
 def test_unfiltered_frequencies():
     """The draw of the head itself: 64 rows a launch, words of three tiles."""
-    rows, steps, V = 64, 30, 70
+    rows, steps, V = 64, 20, 70
     config = SampleConfig(temperature=0.8)
     engine = engine_for_draws(torch.zeros(V), config, rows)
     engine.hidden[:] = torch.randn(64).to(DEVICE)
@@ -370,14 +377,14 @@ def test_unfiltered_frequencies():
 
 
 @with_kernels
-@pytest.mark.parametrize("top_k", [1, 2, 7, 63, 64, 100])
+@pytest.mark.parametrize("top_k", [1, 7, 63, 100])
 def test_top_k_keeps_as_many(top_k):
     logits = torch.randn(64)
     logits[10] = logits[20] = logits[30]  # equals stay together, as in `keep_top_k`
-    found = chosen(engine_for_draws(logits, SampleConfig(temperature=9.0, top_k=top_k), 30), 25)
+    found = chosen(engine_for_draws(logits, SampleConfig(temperature=9.0, top_k=top_k), 20), 10)
     kept = filter_logits(logits, temperature=9.0, top_k=top_k, top_p=1.0).isfinite()
     assert kept[found].all()
-    if top_k < 10:
+    if top_k < 8:
         assert set(found.flatten().tolist()) == set(kept.nonzero().flatten().tolist())
 
 
@@ -424,12 +431,16 @@ def test_a_team_never_waits_for_programs_that_cannot_run(monkeypatch):
         multi_processor_count = 132
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    cuda, found = torch.device("cuda"), []
     for B in (1, 2, 16, 17, 33, 64, 66, 67, 132, 500):
-        plan = choose_plan(ModelConfig(), B, torch.device("cuda"))
-        assert plan.G == 1 or plan.G * B <= 132
-        assert plan.G == 8 or 2 * plan.G * B > 132
-    assert choose_plan(ModelConfig(n_head=4), 1, torch.device("cuda")).G == 4
+        plan = choose_plan(ModelConfig(), B, cuda)
+        found.append(plan.G)
+        assert plan.G == 1 or plan.G * B <= programs_at_once(plan, 132)
+    assert found[0] == 8 and found[-1] == 1 and found == sorted(found, reverse=True)
+    assert choose_plan(ModelConfig(n_head=4), 1, cuda).G == 4
     assert choose_plan(ModelConfig(), 1, torch.device("cpu")).G == 1
+    assert programs_at_once(Plan(4, maxnreg=128), 132) == 264
+    assert programs_at_once(Plan(4, maxnreg=128, num_warps=16), 132) == 132
 
 
 @pytest.fixture(scope="module")
