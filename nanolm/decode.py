@@ -467,7 +467,7 @@ def head_kernel(
         tl.store(PARTS + part, float("nan"), mask=part < parts)
 
 
-# %% book/11b-decode.md, exported cell 9 (8153e346)
+# %% book/11b-decode.md, exported cell 9 (94ec52a4)
 @triton.jit
 def threshold(x, share, SUM: tl.constexpr):
     """The largest t for which the x >= t are at least `share` many, or sum up to it; x >= 0."""
@@ -484,7 +484,7 @@ def threshold(x, share, SUM: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["i"])
-def choose_kernel(LOGITS, SEEN, SETTINGS, STATE, BEST, WORD, i, B, V, BV: tl.constexpr):
+def choose_kernel(LOGITS, SEEN, SETTINGS, STATE, BEST, WORD, i, B, V, T, BV: tl.constexpr):
     """Penalty, temperature, top-k, top-p and min-p on a row of logits, and the draw."""
     b, word = tl.program_id(0), tl.arange(0, BV)
     at = b.to(tl.int64) * V + word
@@ -511,7 +511,9 @@ def choose_kernel(LOGITS, SEEN, SETTINGS, STATE, BEST, WORD, i, B, V, BV: tl.con
     first = tl.minimum(tl.min(tl.where(s == top, word, 2147483647), 0), V - 1)
     tl.store(BEST + i * B + b, tl.where(bad != 0, float("inf"), top))
     tl.store(WORD + i * B + b, first)
-    tl.store(SEEN + b.to(tl.int64) * V + first, tl.full((), 1, tl.int8))
+    start = tl.load(STATE + b * 4 + 1)
+    if (start >= 0) & (start + i < T):  # a row that is empty or full draws nothing
+        tl.store(SEEN + b.to(tl.int64) * V + first, tl.full((), 1, tl.int8))
 
 
 @triton.jit
@@ -532,7 +534,7 @@ def settle_kernel(BEST, WORD, STATE, IDS, steps, B, T, TILES: tl.constexpr, BTIL
             tl.store(STATE + b * 4 + 2, drawn + i + 1)
 
 
-# %% book/11b-decode.md, exported cell 10 (91208112)
+# %% book/11b-decode.md, exported cell 10 (344f5509)
 def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << (n - 1).bit_length()
@@ -567,7 +569,7 @@ def fits(config: ModelConfig, dtype: torch.dtype) -> bool:
 
 
 # what was fastest on an H200, the largest teams first
-TUNED = (Plan(8, BT=512), Plan(4), Plan(2, num_warps=16), Plan(1, num_warps=16))
+TUNED = (Plan(8), Plan(4), Plan(2, BT=128, num_warps=16), Plan(1, num_warps=16))
 
 
 def programs_at_once(plan: Plan, processors: int) -> int:
@@ -666,7 +668,7 @@ class Kernels:
             if filters:
                 choose_kernel[(B,)](
                     self.logits, self.seen, self.settings, self.state, best, word, i, B, V,
-                    BV=power_of_two(V), num_warps=32 if V > 8192 else 8,
+                    c.max_seq_len, BV=power_of_two(V), num_warps=32 if V > 8192 else 8,
                 )  # fmt: skip
         settle_kernel[(B,)](best, word, self.state, ids, n, B, c.max_seq_len, **known)
         return ids
@@ -676,7 +678,7 @@ class Kernels:
         c, B, plan = self.config, len(self.state), self.plan
         split = plan.SPLIT and plan.G > 1
         BD, BT = power_of_two(c.d_model), min(plan.BT, max(power_of_two(c.max_seq_len), 16))
-        warps = min(plan.num_warps, plan.G * BD // 32)  # no part is read by two threads
+        warps = max(min(plan.num_warps, plan.G * BD // 32), 1)  # no part is read by two threads
         for only in range(2 * c.n_layer + 1) if split else [0]:
             layers_kernel[(B * plan.G,)](
                 self.pack, self.down, self.weight, self.norm, *self.tables, self.cache.keys,
