@@ -487,7 +487,7 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 12 (ff9d005d)
+# %% book/16-command-line.md, exported cell 12 (4931ff67)
 Command = Callable[[argparse.Namespace], int]
 SOURCES = 'files, folders, globs, "fables" or "hf:NAME"'
 RUN = "a run's folder, or one of its checkpoints (default: the newest in runs)"
@@ -575,7 +575,7 @@ def build_parser() -> Parser:
         if sizes := {"attention": "B,H,H_KV,T,D", "loss": "N,V,D"}.get(name):
             words = f"shapes {sizes} (default: those of the book)"
             p.add_argument("--shape", nargs="+", metavar="SHAPE", help=words)
-        if name in ("optim", "step"):
+        if name in ("decode", "optim", "step"):
             p.add_argument("--preset", help="shape of the model (default: by device)")
         if name == "attention":
             p.add_argument("--causal", action="store_true", default=None, help="causal (default)")
