@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 2bea7b4c
+# The seal of all that stands in no cell: 92581669
 """`nanolm.dpo`, derived in the book, where each line has its reason:
 
 - book/12-dpo.md: Preferences
@@ -14,7 +14,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,6 @@ from nanolm.optim import AdamW, clip_grad_norm, decay_groups, warmup_cosine
 from nanolm.sample import SampleConfig, boxed, generate
 from nanolm.tokenizer import Tokenizer
 from nanolm.train import (
-    Checkpoint,
     append_metrics,
     caught_signals,
     evaluate,
@@ -59,7 +58,7 @@ __all__ = [
 ]
 
 
-# %% book/12-dpo.md, exported cell 1 (a24b3483)
+# %% book/12-dpo.md, exported cell 1 (5a8afc4b)
 class Pair(NamedTuple):
     """A prompt and two ways to go on from it, the preferred one first."""
 
@@ -88,16 +87,19 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
     Raises ValueError, naming file and line, for a line that is no pair.
     """
-    pairs: list[Pair] = []
-    with open_text(Path(path)) as file:
-        for number, line in enumerate(file, 1):
-            try:
+    pairs, number = list[Pair](), 0
+    try:
+        with open_text(Path(path)) as file:
+            for line in file:
+                number += 1
                 if line.strip():
                     pairs.append(check_pair(json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason})") from None
+    except (ValueError, RecursionError) as error:
+        readable = not isinstance(error, (json.JSONDecodeError, RecursionError))
+        what = error if readable else f"not JSON ({getattr(error, 'msg', 'nested too deeply')})"
+        raise ValueError(f"{path}, line {number}: {what}") from None
     if not pairs:
         raise ValueError(f"{path} holds no preference pairs")
     return pairs
@@ -109,7 +111,7 @@ def book_pairs(split: str) -> Path:
     return Path(str(files("nanolm") / name))
 
 
-# %% book/12-dpo.md, exported cell 2 (0cc3f2b4)
+# %% book/12-dpo.md, exported cell 2 (971be861)
 Log = Callable[[str], Any]
 
 
@@ -131,7 +133,8 @@ def encode_pairs(
     ValueError if no pair is left.
     """
     end = [tokenizer.end_of_text]
-    prompts, chosen, rejected = (tokenizer.encode_batch(list(texts)) for texts in zip(*pairs))
+    columns = zip(*pairs, strict=True)
+    prompts, chosen, rejected = (tokenizer.encode_batch(list(texts)) for texts in columns)
     found, cut = list[PairIds](), 0
     for p, c, r in zip(prompts, chosen, rejected, strict=True):
         p, c, r = p or end, c + end, r + end
@@ -180,7 +183,7 @@ def sequence_logps(model: Transformer, ids: Tensor, mask: Tensor) -> Tensor:
     return placed.sum(1)
 
 
-# %% book/12-dpo.md, exported cell 5 (494d0dd4)
+# %% book/12-dpo.md, exported cell 5 (20d8e043)
 def check_loss(beta: float, label_smoothing: float, loss_type: str) -> None:
     """Raise a ValueError for options under which the loss has no meaning."""
     if not 0 < beta < float("inf"):
@@ -210,7 +213,8 @@ def dpo_loss(
     2023, equation 17, with beta for tau). Rewards carry no gradient. ValueError for bad options.
     """
     check_loss(beta, label_smoothing, loss_type)
-    chosen_ratio, rejected_ratio = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
+    chosen_ratio = chosen_logps - ref_chosen_logps
+    rejected_ratio = rejected_logps - ref_rejected_logps
     h = chosen_ratio - rejected_ratio
     if loss_type == "ipo":
         losses = (h - 1 / (2 * beta)) ** 2
@@ -220,7 +224,7 @@ def dpo_loss(
     return losses, beta * chosen_ratio.detach(), beta * rejected_ratio.detach()
 
 
-# %% book/12-dpo.md, exported cell 6 (62bd5c52)
+# %% book/12-dpo.md, exported cell 6 (fe807bad)
 def in_batches(pairs: Sequence[PairIds], size: int) -> list[Sequence[PairIds]]:
     """Pairs in their order, cut into batches of `size`, the last perhaps smaller."""
     return [pairs[i : i + size] for i in range(0, len(pairs), size)]
@@ -234,23 +238,24 @@ def pair_logps(model: Transformer, pairs: Sequence[PairIds], batch_size: int = 8
     return torch.cat([logps.unflatten(0, (2, -1)).T for logps in found]).cpu()
 
 
-def reference_print(model: Transformer, pairs: Sequence[PairIds]) -> str:
-    """sha256 (hex) of a model's shape and weights and of the pairs."""
+def reference_print(model: Transformer, parts: Sequence[Sequence[PairIds]]) -> str:
+    """sha256 (hex) of a model's shape and weights and of pairs in several parts."""
     weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     content = hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
-    return fingerprint([str(model.config), content, pairs])
+    return fingerprint([str(model.config), content, parts])
 
 
 def reference_logps(
-    model: Transformer, pairs: Sequence[PairIds], path: Path, batch_size: int = 8
+    model: Transformer, parts: Sequence[Sequence[PairIds]], path: Path, batch_size: int = 8
 ) -> Tensor:
-    """`pair_logps` of the reference, from the file `path`; made there if there is none.
+    """`pair_logps` of the reference for all parts, one below the other, from the file `path`.
 
-    Raises ValueError for a file that is damaged or belongs to another model or other pairs.
+    Made there if there is none. Raises ValueError for a file that is damaged or belongs to
+    another model or other pairs.
     """
-    wanted = reference_print(model, pairs)
+    wanted = reference_print(model, parts)
     if not path.exists():
-        logps = pair_logps(model, pairs, batch_size)
+        logps = torch.cat([pair_logps(model, part, batch_size) for part in parts])
         content = {"fingerprint": wanted, "logps": logps.tolist()}
         write_file(path, json.dumps(content | {"checksum": fingerprint(content)}).encode())
         return logps
@@ -259,16 +264,16 @@ def reference_logps(
         checksum = content.pop("checksum")
         if checksum != fingerprint(content):
             raise ValueError
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{path} is damaged: delete it, and it will be made again") from None
     if content["fingerprint"] != wanted:
         raise ValueError(f"{path} is stale: it was made with another model or other pairs")
     return torch.tensor(content["logps"])
 
 
-# %% book/12-dpo.md, exported cell 7 (706c9f14)
+# %% book/12-dpo.md, exported cell 7 (32ef2014)
 def preference_metrics(losses: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, float]:
-    """Means over pairs: loss, both rewards, their margin, and how often it is right (a tie: half)."""
+    """Means over pairs: loss, rewards, margin, and how often that is right (a level one: half)."""
     margins = chosen - rejected
     right = (margins > 0).float() + 0.5 * (margins == 0).float()
     means = (losses, chosen, rejected, margins, right)
@@ -284,7 +289,7 @@ def kl_divergence(model: Transformer, reference: Transformer, ids: Tensor, mask:
     return (p.exp() * (p - q)).sum(-1)
 
 
-# %% book/12-dpo.md, exported cell 9 (d5dd1ab9)
+# %% book/12-dpo.md, exported cell 9 (916db3ef)
 def _option(default: Any, text: str, low: float | None = None, high: float = math.inf) -> Any:
     return field(default=default, metadata={"help": text, "range": (low, high)})
 
@@ -303,6 +308,7 @@ class DPOConfig:
     epochs: int = _option(1, "times that each pair is seen (count)", 1)
     batch_size: int = _option(8, "pairs of one optimizer step (count)", 1)
     lr: float = _option(5e-4, "peak learning rate (per step)", 0)
+    embedding_lr: float = _option(5.0, "learning rate of the embedding, over lr (factor)", 0)
     min_lr_ratio: float = _option(0.1, "last learning rate over the peak (fraction)", 0, 1)
     warmup_steps: int = _option(6, "linear warmup (optimizer steps)", 0)
     weight_decay: float = _option(0.0, "decoupled decay of the matrices (per step, times lr)", 0)
@@ -325,7 +331,12 @@ class DPOConfig:
             raise ValueError(f"name must be a plain folder name, not {self.name!r}")
 
 
-# %% book/12-dpo.md, exported cell 10 (a2e36cd9)
+# %% book/12-dpo.md, exported cell 10 (9cb5481a)
+def steps_of(config: DPOConfig, pairs: Sequence[PairIds]) -> int:
+    """Optimizer steps in all; the last of an epoch may see fewer pairs."""
+    return config.epochs * -(-len(pairs) // config.batch_size)
+
+
 @dataclass
 class DPORun:
     """All that training on preferences holds between two steps."""
@@ -346,7 +357,7 @@ class DPORun:
     @property
     def steps(self) -> int:
         """Optimizer steps in all."""
-        return self.config.epochs * -(-len(self.pairs) // self.config.batch_size)
+        return steps_of(self.config, self.pairs)
 
     @property
     def mark(self) -> str:
@@ -361,13 +372,22 @@ class DPORun:
         return order[i * size : (i + 1) * size]
 
 
-# %% book/12-dpo.md, exported cell 11 (7c55ae26)
+# %% book/12-dpo.md, exported cell 11 (f00db054)
 def losses_of(run: DPORun, pairs: Sequence[PairIds], logps: Tensor) -> tuple[Tensor, ...]:
     """`dpo_loss` of a batch; one forward pass sees the chosen and the rejected texts."""
     c, device = run.config, next(run.model.parameters()).device
     chosen, rejected = sequence_logps(run.model, *collate(pairs, device)).chunk(2)
     options: Any = dict(beta=c.beta, label_smoothing=c.label_smoothing, loss_type=c.loss_type)
     return dpo_loss(chosen, rejected, *logps.to(device).unbind(1), **options)
+
+
+def two_rates(model: Transformer, config: DPOConfig) -> list[dict[str, Any]]:
+    """The groups of `decay_groups`, with the embedding in one of its own, `embedding_lr` faster."""
+    groups, rows = decay_groups(model, config.weight_decay), model.embedding.weight
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p is not rows]
+    own = {"params": [rows], "weight_decay": config.weight_decay, "factor": config.embedding_lr}
+    return [{"factor": 1.0} | group for group in groups] + [own]
 
 
 def dpo_step(run: DPORun) -> dict[str, Any]:
@@ -377,7 +397,7 @@ def dpo_step(run: DPORun) -> dict[str, Any]:
         run.step, peak=c.lr, warmup=c.warmup_steps, total=run.steps, floor=c.min_lr_ratio
     )
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["factor"]
     losses, *rewards = losses_of(run, [run.pairs[i] for i in chosen], run.logps[chosen])
     run.optimizer.zero_grad(set_to_none=True)
     losses.mean().backward()
@@ -451,7 +471,7 @@ def held_out_text(source: Path, rows: int, seq_len: int) -> Batches | None:
     return Batches(text, max(1, min(rows, Batches(text, 1, seq_len).windows)), seq_len)
 
 
-# %% book/12-dpo.md, exported cell 14 (8caf2248)
+# %% book/12-dpo.md, exported cell 14 (07882af6)
 FIXED = ("pairs", "held_out", "loss_type", "beta", "label_smoothing", "batch_size", "seed")
 
 
@@ -468,10 +488,13 @@ def open_dpo(source: str | Path, config: DPOConfig, resume: bool, log: Log) -> D
     base, split = load_checkpoint(source, device, log=log), split_pairs(config)
     size, home = base.model.config.max_seq_len, base.folder.resolve().parent
     pairs, held_out = (encode_pairs(part, base.tokenizer, size, log) for part in split)
+    steps = steps_of(config, pairs)
+    if config.warmup_steps >= steps:
+        raise ValueError(f"warmup_steps {config.warmup_steps} must be under {steps}, all there are")
+    parts, path = (pairs, held_out), folder / "reference.json"
     folder.mkdir(parents=True, exist_ok=True)
-    logps = reference_logps(base.model, pairs + held_out, folder / "reference.json", config.batch_size)
-    groups = decay_groups(base.model, config.weight_decay)
-    optimizer = AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+    logps = reference_logps(base.model, parts, path, config.batch_size)
+    optimizer = AdamW(two_rates(base.model, config), lr=config.lr, betas=(0.9, 0.999))
     reference = copy.deepcopy(base.model).requires_grad_(False)
     text = held_out_text(home, config.batch_size, size)
     prompt = base.tokenizer.decode(held_out[0].prompt[-size // 2 :])
@@ -479,8 +502,6 @@ def open_dpo(source: str | Path, config: DPOConfig, resume: bool, log: Log) -> D
         config, folder, base.tokenizer, base.model, reference, optimizer, pairs, held_out, logps,
         prompt, text,
     )  # fmt: skip
-    if config.warmup_steps >= run.steps:
-        raise ValueError(f"warmup_steps {config.warmup_steps} must be under {run.steps}, all there are")
     if resume:
         restore(run, log)
     base.tokenizer.save(folder / "tokenizer.json")
@@ -498,12 +519,15 @@ def restore(run: DPORun, log: Log) -> None:
         run.model.load_state_dict(saved.model.state_dict())
         unpack_optimizer(run.model, run.optimizer, saved.optimizer)
         run.step = saved.step
-    kept = [json.dumps(row) + "\n" for row in metrics(run.folder) if row["step"] <= run.step]
+    kept = [json.dumps(row) + "\n" for row in metrics(run.folder) if row["step"] <= run.step > 0]
     write_file(run.folder / "metrics.jsonl", "".join(kept).encode())
-    log(f"resuming {run.folder} after step {run.step} of {run.steps}")
+    if run.step < run.steps:
+        log(f"resuming {run.folder} after step {run.step}")
+    else:
+        log(f"{run.folder} is already finished: it has done its {run.step} steps")
 
 
-# %% book/12-dpo.md, exported cell 15 (dfac4337)
+# %% book/12-dpo.md, exported cell 15 (277e0df0)
 def in_words(row: dict[str, Any], title: str) -> str:
     """A row of the metrics as a line of the log; what was held out is there called `val_...`."""
     plain = {name.removeprefix("val_"): value for name, value in row.items()}
@@ -531,8 +555,9 @@ def dpo_report(run: DPORun, say: Log, row: dict[str, Any] | None, stopping: bool
         append_metrics(run.folder, held_out)
         say(in_words(held_out, f"{'held out':>{6 + 2 * len(str(run.steps))}}"))
     if row and (stopping or due(c.checkpoint_every)):
-        facts: Any = {"val_loss": held_out.get("val_loss"), "data": {"text": run.mark}}
-        save_checkpoint(run.folder, run.model, run.optimizer, step=run.step, keep=c.keep, **facts)
+        facts: Any = {"step": run.step, "keep": c.keep, "val_loss": held_out.get("val_loss")}
+        facts |= {"data": {"text": run.mark}, "steps": run.steps}
+        save_checkpoint(run.folder, run.model, run.optimizer, **facts)
 
 
 def show_samples(run: DPORun) -> str:
@@ -557,7 +582,7 @@ def train_dpo(
     FileNotFoundError, a full disk an OSError that says how to go on. The source is only read.
     """
     run = open_dpo(source, config, resume, log)
-    command, stopping = dpo_command(source, config), False
+    command, stopping = dpo_resume_command(source, config), False
     hide = None if progress else True  # None: hidden unless standard error is a terminal
     bar = tqdm(total=run.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=hide)
 
@@ -584,7 +609,7 @@ def train_dpo(
     return run.folder
 
 
-def dpo_command(source: str | Path, config: DPOConfig) -> str:
+def dpo_resume_command(source: str | Path, config: DPOConfig) -> str:
     """What to type to go on with a run."""
     given = {"--name": config.name, "--runs-dir": config.runs_dir}
     words = [f"{option} {shlex.quote(value)}" for option, value in given.items() if value]
