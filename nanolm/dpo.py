@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 92581669
+# The seal of all that stands in no cell: d3ec8966
 """`nanolm.dpo`, derived in the book, where each line has its reason:
 
 - book/12-dpo.md: Preferences
@@ -32,6 +32,7 @@ from nanolm.optim import AdamW, clip_grad_norm, decay_groups, warmup_cosine
 from nanolm.sample import SampleConfig, boxed, generate
 from nanolm.tokenizer import Tokenizer
 from nanolm.train import (
+    Checkpoint,
     append_metrics,
     caught_signals,
     evaluate,
@@ -42,6 +43,7 @@ from nanolm.train import (
     pick_device,
     save_checkpoint,
     step_folders,
+    to_device,
     unpack_optimizer,
     write_file,
 )
@@ -289,7 +291,7 @@ def kl_divergence(model: Transformer, reference: Transformer, ids: Tensor, mask:
     return (p.exp() * (p - q)).sum(-1)
 
 
-# %% book/12-dpo.md, exported cell 9 (916db3ef)
+# %% book/12-dpo.md, exported cell 9 (f90695b9)
 def _option(default: Any, text: str, low: float | None = None, high: float = math.inf) -> Any:
     return field(default=default, metadata={"help": text, "range": (low, high)})
 
@@ -306,17 +308,18 @@ class DPOConfig:
     beta: float = _option(0.1, "strength of the pull to the reference (rewards a nat)")
     label_smoothing: float = _option(0.0, "share of the preferences that may be wrong (fraction)")
     epochs: int = _option(1, "times that each pair is seen (count)", 1)
-    batch_size: int = _option(8, "pairs of one optimizer step (count)", 1)
-    lr: float = _option(5e-4, "peak learning rate (per step)", 0)
-    embedding_lr: float = _option(5.0, "learning rate of the embedding, over lr (factor)", 0)
+    batch_size: int = _option(4, "pairs of one optimizer step (count)", 1)
+    lr: float = _option(2e-4, "peak learning rate (per step)", 0)
+    sft_lr: float = _option(2.5e-4, "peak rate of reading the chosen texts first (0: do not)", 0)
+    embedding_lr: float = _option(4.0, "learning rate of the embedding, over lr (factor)", 0)
     min_lr_ratio: float = _option(0.1, "last learning rate over the peak (fraction)", 0, 1)
-    warmup_steps: int = _option(6, "linear warmup (optimizer steps)", 0)
+    warmup_steps: int = _option(12, "linear warmup (optimizer steps)", 0)
     weight_decay: float = _option(0.0, "decoupled decay of the matrices (per step, times lr)", 0)
     grad_clip: float = _option(1.0, "largest global gradient norm (0: no limit)", 0)
-    eval_every: int = _option(10, "test every so often (steps; 0: before and after)", 0)
-    checkpoint_every: int = _option(20, "save every so often (steps; 0: at the end only)", 0)
+    eval_every: int = _option(25, "test every so often (steps; 0: before and after)", 0)
+    checkpoint_every: int = _option(50, "save every so often (steps; 0: at the end only)", 0)
     keep: int = _option(3, "newest checkpoints kept, besides the best (count)", 1)
-    log_every: int = _option(5, "log a line every so often (steps)", 1)
+    log_every: int = _option(10, "log a line every so often (steps)", 1)
     seed: int = _option(1337, "seed of the order of the pairs", 0, 2**63 - 1)
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")
 
@@ -410,7 +413,15 @@ def dpo_step(run: DPORun) -> dict[str, Any]:
     return {"step": run.step, **row, "lr": lr, "grad_norm": norm}
 
 
-# %% book/12-dpo.md, exported cell 12 (22b8597d)
+# %% book/12-dpo.md, exported cell 12 (d24d2bf1)
+def text_loss(model: Transformer, text: Batches | None) -> dict[str, float]:
+    """The loss on a text (nats a token), as a part of a row; empty where there is no text."""
+    if not text:
+        return {}
+    count = max(1, min(16, text.windows // text.batch_size))
+    return {"text_loss": evaluate(model, text, count)}
+
+
 @torch.no_grad()
 def evaluate_pairs(run: DPORun) -> dict[str, Any]:
     """Where the model stands on what it is not trained on; a row of the metrics.
@@ -426,13 +437,10 @@ def evaluate_pairs(run: DPORun) -> dict[str, Any]:
     row = preference_metrics(*(torch.cat(part) for part in zip(*found, strict=True)))
     row = {f"val_{name}": value for name, value in row.items()}
     row |= {"step": run.step, "kl": torch.cat(kl).mean().item()}
-    if run.text:
-        count = max(1, min(16, run.text.windows // run.text.batch_size))
-        row["text_loss"] = evaluate(run.model, run.text, count)
-    return row
+    return row | text_loss(run.model, run.text)
 
 
-# %% book/12-dpo.md, exported cell 13 (4f114ea9)
+# %% book/12-dpo.md, exported cell 13 (3362525f)
 def dpo_folder(run: str | Path, config: DPOConfig) -> Path:
     """The folder of the run that `nanolm dpo` makes of another."""
     run = Path(run).resolve()
@@ -461,18 +469,79 @@ def split_pairs(config: DPOConfig) -> tuple[list[Pair], list[Pair]]:
     return pairs[: -(len(pairs) // 10)], pairs[-(len(pairs) // 10) :]
 
 
-def held_out_text(source: Path, rows: int, seq_len: int) -> Batches | None:
-    """Batches of the text that a run was validated on; none if it is not there any more."""
+def source_text(source: Path, split: str, rows: int, seq_len: int) -> Batches | None:
+    """Batches of the text of a run, "train" or "val"; none if it is not there any more."""
     given = Path(load_run(source)[1].data[0])
     folder = given if (given / "tokenizer.json").is_file() else source / "data"
     if not (folder / "tokenizer.json").is_file():
         return None
-    text = TokenData(folder, "val")
+    text = TokenData(folder, split)
     return Batches(text, max(1, min(rows, Batches(text, 1, seq_len).windows)), seq_len)
 
 
-# %% book/12-dpo.md, exported cell 14 (07882af6)
-FIXED = ("pairs", "held_out", "loss_type", "beta", "label_smoothing", "batch_size", "seed")
+# %% book/12-dpo.md, exported cell 14 (129c7286)
+def read_chosen(
+    model: Transformer, pairs: Sequence[PairIds], text: Batches | None, config: DPOConfig
+) -> AdamW:
+    """Ordinary training, once through the prompts with their chosen texts.
+
+    Each step also sees a batch of `text`, if there is one, so that what it taught is kept. Returns
+    its optimizer.
+    """
+    device, size = next(model.parameters()).device, 8
+    optimizer = AdamW(decay_groups(model, 0.0), betas=(0.9, 0.99))
+    order = np.random.RandomState([config.seed % 2**32, 2**31]).permutation(len(pairs))
+    batches = in_batches([pairs[i] for i in order], size)
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            total = len(batches)
+            group["lr"] = warmup_cosine(step, peak=config.sft_lr, warmup=total // 10, total=total)
+        ids, mask = (part[: len(batch)] for part in collate(batch, device))
+        real = mask.flip(1).cummax(1).values.flip(1)  # all but the padding
+        real[:, 0] = False  # which nothing predicts
+        loss = F.cross_entropy(completion_logits(model, ids, real), ids[real])
+        if text:
+            loss = loss + model.loss(*to_device(text.batch(step), device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        clip_grad_norm(model.parameters(), config.grad_clip or float("inf"))
+        optimizer.step()
+    return optimizer
+
+
+# %% book/12-dpo.md, exported cell 15 (53197778)
+def write_configs(folder: Path, home: Path, config: DPOConfig) -> None:
+    """Make a folder the folder of a run: tokenizer and configs, those of the run `home`."""
+    Tokenizer.load(home / "tokenizer.json").save(folder / "tokenizer.json")
+    model, training = load_run(home)
+    configs = {"model": asdict(model), "train": asdict(training), "dpo": asdict(config)}
+    write_file(folder / "config.json", json.dumps(configs, indent=1).encode())
+
+
+def make_reference(
+    base: Checkpoint, pairs: Sequence[PairIds], folder: Path, config: DPOConfig, log: Log
+) -> Transformer:
+    """What the policy begins as and is held to: the source's model, after `read_chosen`.
+
+    That is kept as a run of its own in folder/reference, where a resume finds it again.
+    """
+    place, home = folder / "reference", base.folder.resolve().parent
+    if not config.sft_lr:
+        return base.model
+    if not (place / "config.json").exists():
+        log(f"reading the chosen texts of {len(pairs)} pairs")
+        text = source_text(home, "train", 8, base.model.config.max_seq_len)
+        optimizer = read_chosen(base.model, pairs, text, config)
+        save_checkpoint(place, base.model, optimizer, step=0, val_loss=None)
+        write_configs(place, home, config)
+    device = next(base.model.parameters()).device
+    return load_checkpoint(place, device, log=log).model
+
+
+# %% book/12-dpo.md, exported cell 16 (29caa9ac)
+FIXED = (
+    "pairs", "held_out", "loss_type", "beta", "label_smoothing", "batch_size", "seed", "sft_lr",
+)  # fmt: skip
 
 
 def open_dpo(source: str | Path, config: DPOConfig, resume: bool, log: Log) -> DPORun:
@@ -491,23 +560,22 @@ def open_dpo(source: str | Path, config: DPOConfig, resume: bool, log: Log) -> D
     steps = steps_of(config, pairs)
     if config.warmup_steps >= steps:
         raise ValueError(f"warmup_steps {config.warmup_steps} must be under {steps}, all there are")
-    parts, path = (pairs, held_out), folder / "reference.json"
+    text = source_text(home, "val", 8, size)
     folder.mkdir(parents=True, exist_ok=True)
-    logps = reference_logps(base.model, parts, path, config.batch_size)
-    optimizer = AdamW(two_rates(base.model, config), lr=config.lr, betas=(0.9, 0.999))
-    reference = copy.deepcopy(base.model).requires_grad_(False)
-    text = held_out_text(home, config.batch_size, size)
+    if not resume:
+        append_metrics(folder, {"step": -1, **text_loss(base.model, text)})
+    model, parts = make_reference(base, pairs, folder, config, log), (pairs, held_out)
+    logps = reference_logps(model, parts, folder / "reference.json", config.batch_size)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    optimizer = AdamW(two_rates(model, config), lr=config.lr, betas=(0.9, 0.999))
     prompt = base.tokenizer.decode(held_out[0].prompt[-size // 2 :])
     run = DPORun(
-        config, folder, base.tokenizer, base.model, reference, optimizer, pairs, held_out, logps,
-        prompt, text,
+        config, folder, base.tokenizer, model, reference, optimizer, pairs, held_out, logps, prompt,
+        text,
     )  # fmt: skip
     if resume:
         restore(run, log)
-    base.tokenizer.save(folder / "tokenizer.json")
-    model, training = load_run(home)
-    configs = {"model": asdict(model), "train": asdict(training), "dpo": asdict(config)}
-    write_file(folder / "config.json", json.dumps(configs, indent=1).encode())
+    write_configs(folder, home, config)
     return run
 
 
@@ -519,7 +587,8 @@ def restore(run: DPORun, log: Log) -> None:
         run.model.load_state_dict(saved.model.state_dict())
         unpack_optimizer(run.model, run.optimizer, saved.optimizer)
         run.step = saved.step
-    kept = [json.dumps(row) + "\n" for row in metrics(run.folder) if row["step"] <= run.step > 0]
+    past = range(-1, run.step + 1 if run.step else 0)  # before the first checkpoint: begin anew
+    kept = [json.dumps(row) + "\n" for row in metrics(run.folder) if row["step"] in past]
     write_file(run.folder / "metrics.jsonl", "".join(kept).encode())
     if run.step < run.steps:
         log(f"resuming {run.folder} after step {run.step}")
@@ -527,7 +596,7 @@ def restore(run: DPORun, log: Log) -> None:
         log(f"{run.folder} is already finished: it has done its {run.step} steps")
 
 
-# %% book/12-dpo.md, exported cell 15 (277e0df0)
+# %% book/12-dpo.md, exported cell 17 (277e0df0)
 def in_words(row: dict[str, Any], title: str) -> str:
     """A row of the metrics as a line of the log; what was held out is there called `val_...`."""
     plain = {name.removeprefix("val_"): value for name, value in row.items()}

@@ -411,8 +411,8 @@ def config(tmp_path) -> DPOConfig:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in part))
     return DPOConfig(
         pairs=str(tmp_path / "pairs.jsonl"), held_out=str(tmp_path / "held.jsonl"), batch_size=3,
-        runs_dir=str(tmp_path), lr=3e-3, warmup_steps=2, eval_every=5, checkpoint_every=5,
-        log_every=1,
+        runs_dir=str(tmp_path), lr=3e-3, embedding_lr=1.0, sft_lr=0.0, warmup_steps=2,
+        eval_every=5, checkpoint_every=5, log_every=1,
     )  # fmt: skip
 
 
@@ -459,6 +459,33 @@ def test_a_run_learns_what_is_preferred_and_leaves_its_source_alone(source, conf
     assert load_checkpoint(run).step == 14
 
 
+def test_the_reference_reads_first_and_is_a_run(source, config):
+    before, said = files_of(source), []
+    run = train_dpo(source, replace(config, sft_lr=1e-2), log=said.append)
+    assert "reading" in said[0] and files_of(source) == before
+    read, old = load_checkpoint(run / "reference").model, load_checkpoint(source).model
+    pairs = encode_pairs(read_pairs(config.pairs), load_checkpoint(run).tokenizer, 96)
+    gains = dpo.pair_logps(read, pairs) - dpo.pair_logps(old, pairs)
+    assert (gains[:, 0] > 5).all()
+    kept = json.loads((run / "reference.json").read_text())["logps"][:40]
+    assert torch.allclose(torch.tensor(kept), dpo.pair_logps(read, pairs, 3), atol=1e-3)
+    first, second = [row for row in metrics(run) if "text_loss" in row][:2]
+    assert (first["step"], second["step"]) == (-1, 0) and second["text_loss"] != first["text_loss"]
+    assert second["kl"] == 0 and second["val_accuracy"] == 0.5
+
+
+def test_reading_keeps_hold_of_the_old_text(source, config):
+    texts = [dpo.source_text(source, split, 8, 96) for split in ("train", "val")]
+    pairs = encode_pairs(read_pairs(config.pairs), load_checkpoint(source).tokenizer, 96)
+    losses = []
+    for text in (texts[0], None):
+        model = load_checkpoint(source).model
+        dpo.read_chosen(model, pairs, text, replace(config, sft_lr=1e-2))
+        losses.append(dpo.text_loss(model, texts[1])["text_loss"])
+    assert losses[0] < losses[1] - 0.1
+    assert dpo.text_loss(model, None) == {}
+
+
 def test_each_pair_is_seen_once_an_epoch(source, config):
     run = dpo.open_dpo(source, replace(config, epochs=2), False, quiet)
     orders = [[i for s in range(k * 14, k * 14 + 14) for i in run.batch(s)] for k in range(2)]
@@ -470,8 +497,10 @@ class Crash(Exception):
     """Stands for a power cut."""
 
 
-@pytest.mark.parametrize("step", [2, 7, 14])
-def test_a_run_cut_off_and_resumed_is_the_uninterrupted_run(source, config, step):
+@pytest.mark.parametrize(("step", "sft_lr"), [(2, 0.0), (7, 1e-3), (14, 0.0)])
+def test_a_run_cut_off_and_resumed_is_the_uninterrupted_run(source, config, step, sft_lr):
+    config = replace(config, sft_lr=sft_lr)
+
     def log(line):
         if line.startswith(f"step {step:02d}/"):
             raise Crash
@@ -554,7 +583,7 @@ def spoken(capsys, *argv):
 
 def test_the_command_trains_resumes_and_the_result_can_be_sampled(source, config, capsys):
     own = ["--pairs", config.pairs, "--held-out", config.held_out, "--runs-dir", config.runs_dir]
-    pace = "--warmup-steps 2 --lr 3e-3 --batch-size 8".split()
+    pace = "--warmup-steps 2 --lr 3e-3 --batch-size 8 --log-every 1".split()
     code, out, _ = spoken(capsys, "dpo", source, *own, *pace)
     run = Path(config.runs_dir) / "fox-dpo"
     assert (
