@@ -54,6 +54,12 @@ def test_five_hundred_and_a_hundred_with_equal_shares():
     assert [len(read_pairs(book_pairs(split))) for split in ROWS] == [500, 100]
 
 
+def test_the_files_are_part_of_the_package():
+    settings = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r"package-data\]\nnanolm = \[\"\*\.jsonl\"\]", settings)
+    assert all(book_pairs(split).parent == Path(dpo.__file__).parent for split in ROWS)
+
+
 def words(text):
     return re.findall(r"[a-z']+", text.lower())
 
