@@ -440,11 +440,12 @@ def evaluate_pairs(run: DPORun) -> dict[str, Any]:
     return row | text_loss(run.model, run.text)
 
 
-# %% book/12-dpo.md, exported cell 13 (3362525f)
+# %% book/12-dpo.md, exported cell 13 (91d376d9)
 def dpo_folder(run: str | Path, config: DPOConfig) -> Path:
     """The folder of the run that `nanolm dpo` makes of another."""
-    run = Path(run).resolve()
+    run = Path(run)
     source = run.parent if run.name.startswith("step-") else run
+    source = source if source.name not in ("", "..") else source.resolve()
     return Path(config.runs_dir or source.parent) / (config.name or f"{source.name}-dpo")
 
 

@@ -531,6 +531,18 @@ def test_ctrl_c_saves_and_says_how_to_go_on(source, config):
     assert_same(train_dpo(source, config, resume=True, log=quiet), whole)
 
 
+def test_where_the_new_run_goes(monkeypatch, tmp_path):
+    (tmp_path / "fox/step-000003").mkdir(parents=True)
+    plain = DPOConfig()
+    assert dpo.dpo_folder("runs/fox", plain) == Path("runs/fox-dpo")
+    assert dpo.dpo_folder("runs/fox/step-000100", plain) == Path("runs/fox-dpo")
+    assert dpo.dpo_folder("fox", DPOConfig(name="hen", runs_dir="out")) == Path("out/hen")
+    for inside in ("fox", "fox/step-000003"):
+        monkeypatch.chdir(tmp_path / inside)
+        found = dpo.dpo_folder("." if inside == "fox" else "../step-000003", plain)
+        assert found == tmp_path / "fox-dpo"
+
+
 def test_resume_refuses_what_has_changed(source, config, tmp_path):
     with pytest.raises(FileNotFoundError):
         train_dpo(source, config, resume=True, log=quiet)
