@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 26fedebf
+# The seal of all that stands in no cell: 0b84ad27
 """`nanolm.__main__`, derived in the book, where each line has its reason:
 
 - book/16-command-line.md: The command line
@@ -27,6 +27,7 @@ from pathlib import Path
 from nanolm.batch import Completion, Text, Token, continue_texts, generate_batch
 from nanolm.bench import CASES, headline, machine, table
 from nanolm.data import TokenData, plain_files, prepare, read_documents
+from nanolm.dpo import DPOConfig, dpo_folder, load_dpo, train_dpo
 from nanolm.model import PRESETS, ModelConfig
 from nanolm.sample import SampleConfig, boxed, check_prompt, say_slide
 from nanolm.tokenizer import GPT2_SPLIT, GPT4_SPLIT, Tokenizer
@@ -147,7 +148,23 @@ def train_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 5 (8a729bd1)
+# %% book/16-command-line.md, exported cell 5 (a148a9c3)
+def dpo_command(args: argparse.Namespace) -> int:
+    """`nanolm dpo`: train a run's model on preferences, as a new run, or go on with that."""
+    config = DPOConfig(**chosen(args, DPOConfig))
+    if args.resume:
+        typed = chosen(args, DPOConfig)
+        place = {"name": config.name, "runs_dir": config.runs_dir}
+        config = dataclasses.replace(load_dpo(dpo_folder(args.run, config)), **typed | place)
+    run = train_dpo(args.run, config, resume=args.resume, progress=sys.stderr.isatty())
+    checkpoint = load_checkpoint(run)
+    if checkpoint.step < checkpoint.state["steps"]:  # cut short; train_dpo has said how to go on
+        return 130
+    print(f'\nnext:  nanolm sample {shlex.quote(str(run))} --prompt "..."')
+    return 0
+
+
+# %% book/16-command-line.md, exported cell 6 (8a729bd1)
 def say_aside(line: str) -> None:
     """Tell a person something that is not part of the output."""
     print(line, file=sys.stderr, flush=True)
@@ -183,7 +200,7 @@ def file_prompts(path: str) -> list[str]:
     return found
 
 
-# %% book/16-command-line.md, exported cell 6 (5d59cf55)
+# %% book/16-command-line.md, exported cell 7 (5d59cf55)
 def show(found: Checkpoint, text: Text, prompt: str) -> None:
     """Print a prompt and its continuation, piece by piece, and say aside if a beginning is lost."""
     told = False
@@ -252,7 +269,7 @@ def sample_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 7 (5307e07e)
+# %% book/16-command-line.md, exported cell 8 (5307e07e)
 HOW = """text       the model goes on from it
 Enter      it goes on from where it stopped, or begins a new text
 /temperature 0.5, /top-p 0.9 ...  sets an option; / alone shows all; /help explains them
@@ -322,7 +339,7 @@ def session(found: Checkpoint, config: SampleConfig) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 8 (91f89f51)
+# %% book/16-command-line.md, exported cell 9 (91f89f51)
 def serve_command(args: argparse.Namespace) -> int:
     """`nanolm serve`: a page and an OpenAI-style interface for a trained model."""
     try:
@@ -345,7 +362,7 @@ def serve_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 9 (f79e860c)
+# %% book/16-command-line.md, exported cell 10 (f79e860c)
 SPLITS = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT}
 
 
@@ -397,7 +414,7 @@ def data_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 10 (970c535d)
+# %% book/16-command-line.md, exported cell 11 (0fac0180)
 def curves(run: str | Path) -> dict[str, list[tuple[int, float]]]:
     """The points (step, nats a token) of a run: `train`, `val` and, where known, the `floor`."""
     if not (Path(run) / "config.json").is_file():
@@ -411,6 +428,12 @@ def curves(run: str | Path) -> dict[str, list[tuple[int, float]]]:
     if not found["train"]:
         raise ValueError(f"{run} has no measurements yet: let it train past its first log line")
     return {name: points for name, points in found.items() if points}
+
+
+def unit(runs: list[str]) -> str:
+    """What the losses of `runs` are counted by: a token, or with `nanolm dpo` a pair."""
+    pairs = {any("margin" in row for row in metrics(run)) for run in runs}
+    return " or a ".join(("token", "pair")[kind] for kind in sorted(pairs))
 
 
 MARKERS = {"train": "·", "val": "o", "floor": "-"}
@@ -428,7 +451,7 @@ def plot_terminal(runs: list[str], width: int = 80, height: int = 20) -> str:
             steps, losses = zip(*points, strict=True)
             draw = plotext.scatter if name == "val" else plotext.plot
             draw(steps, losses, label=f"{Path(run).name} {name}", marker=MARKERS[name])
-    plotext.title("loss in nats a token")
+    plotext.title(f"loss in nats a {unit(runs)}")
     plotext.xlabel("step")
     return plotext.uncolorize(plotext.build())
 
@@ -438,7 +461,8 @@ def plot_png(runs: list[str], out: str | Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+    label = f"loss (nats a {unit(runs)})"
+    axes = figure.add_subplot(xlabel="step", ylabel=label, yscale="log")
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_formatter("{x:.2g}")
     styles = {"train": ":", "val": "-", "floor": "--"}
@@ -459,7 +483,7 @@ def plot_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 11 (cf2e6064)
+# %% book/16-command-line.md, exported cell 12 (cf2e6064)
 def writable(path: str) -> Path:
     """The path of a file that can be written, or an OSError."""
     place = Path(path)
@@ -487,7 +511,7 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 
-# %% book/16-command-line.md, exported cell 12 (4931ff67)
+# %% book/16-command-line.md, exported cell 13 (bac75955)
 Command = Callable[[argparse.Namespace], int]
 SOURCES = 'files, folders, globs, "fables" or "hf:NAME"'
 RUN = "a run's folder, or one of its checkpoints (default: the newest in runs)"
@@ -508,6 +532,11 @@ def build_parser() -> Parser:
     p.add_argument("--resume", action="store_true", help="go on with the run of this --name")
     add_options(p, ModelConfig)
     add_options(p, TrainConfig)
+
+    p = command("dpo", dpo_command, "train a run's model on preferences, as a new run")
+    p.add_argument("run", help="a run's folder, or one of its checkpoints")
+    p.add_argument("--resume", action="store_true", help="go on with the new run")
+    add_options(p, DPOConfig)
 
     p = command("sample", sample_command, "continue a prompt with a trained model")
     p.add_argument("run", nargs="?", help=RUN)
