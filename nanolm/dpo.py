@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: d3ec8966
+# The seal of all that stands in no cell: 91823471
 """`nanolm.dpo`, derived in the book, where each line has its reason:
 
 - book/12-dpo.md: Preferences
@@ -26,27 +26,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from nanolm.checkpoint import (
+    Checkpoint,
+    fingerprint,
+    load_checkpoint,
+    pick_device,
+    save_checkpoint,
+    step_folders,
+    unpack_optimizer,
+    write_file,
+)
 from nanolm.data import Batches, TokenData, open_text
+from nanolm.logs import append_metrics, metrics
 from nanolm.model import Transformer
 from nanolm.optim import AdamW, clip_grad_norm, decay_groups, warmup_cosine
 from nanolm.sample import SampleConfig, boxed, generate
 from nanolm.tokenizer import Tokenizer
-from nanolm.train import (
-    Checkpoint,
-    append_metrics,
-    caught_signals,
-    evaluate,
-    fingerprint,
-    load_checkpoint,
-    load_run,
-    metrics,
-    pick_device,
-    save_checkpoint,
-    step_folders,
-    to_device,
-    unpack_optimizer,
-    write_file,
-)
+from nanolm.train import caught_signals, evaluate, load_run, to_device
 
 __all__ = [
     "Pair",
