@@ -22,7 +22,8 @@ from nbval.plugin import IPyNbCell, NbCellError
 os.environ.update(OMP_NUM_THREADS="2", PYTHONHASHSEED="0")  # as the notebooks were run
 os.environ.pop("MPLBACKEND", None)
 
-NEED_TRITON = ["book/10-honest.ipynb", "book/18-interpret.ipynb"]  # which is to be had for Linux only
+# Triton is to be had for Linux only
+NEED_TRITON = ["book/10-honest.ipynb", "book/18-interpret.ipynb"]
 collect_ignore = [] if importlib.util.find_spec("triton") else NEED_TRITON
 
 RMS = 0.05  # root mean square difference, of 255
