@@ -195,6 +195,7 @@ def test_a_session_on_a_terminal(trained, tmp_path):
     session.expect("> ")
     session.sendline("/")
     session.expect("max_tokens=100000000")
+    session.expect("> ")  # what is typed before the prompt may be lost
     session.sendeof()
     session.expect(pexpect.EOF)
     session.close()
@@ -203,6 +204,7 @@ def test_a_session_on_a_terminal(trained, tmp_path):
     session = begin()
     session.send("\x1b[A\r")  # the last line that was typed, in the session before
     session.expect("max_tokens=4,")
+    session.expect("> ")
     session.sendeof()
     session.expect(pexpect.EOF)
     session.close()
