@@ -207,7 +207,7 @@ def normed(x, w, eps, D: tl.constexpr):
     return tl.where(square < float("inf"), x * w * tl.math.rsqrt(square + eps), float("nan"))
 
 
-# %% book/11b-decode.md, exported cell 5 (67c9eef1)
+# %% book/11b-decode.md, exported cell 5 (5b6e746a)
 @triton.jit
 def feed_forward_tiles(
     PACK, DOWN, g, f0, FIRST: tl.constexpr, F: tl.constexpr, FG: tl.constexpr, BF: tl.constexpr,
@@ -232,9 +232,7 @@ def feed_forward_part(
     for f0 in tl.static_range(0, FG, BF):
         a, b, last = dots(gate, n), dots(up, n), down
         if f0 + BF < FG:
-            gate, up, down = feed_forward_tiles(
-                PACK, DOWN, g, f0 + BF, FIRST, F, FG, BF, D, BD
-            )
+            gate, up, down = feed_forward_tiles(PACK, DOWN, g, f0 + BF, FIRST, F, FG, BF, D, BD)
         part += dots(last, a * b / (1.0 + tl.exp(-a)))
     return part
 

@@ -44,7 +44,7 @@ def plain_norm_back(
     return (dx if beside is None else dx + beside).to(x.dtype)
 
 
-# %% book/07b-fused.md, exported cell 2 (0d6a51c1)
+# %% book/07b-fused.md, exported cell 2 (898dba02)
 @triton.jit
 def row_tile(N, C: tl.constexpr, ROWS: tl.constexpr):
     """This program's rows, which numbers of a matrix (N, C) they are, and which exist."""
@@ -68,7 +68,8 @@ def norm_kernel(
     else:
         x = tl.load(X + at, mask=here, other=0.0)
     if ADD:
-        x = (x.to(tl.float32) + tl.load(DELTA + at, mask=here, other=0.0).to(tl.float32)).to(x.dtype)
+        delta = tl.load(DELTA + at, mask=here, other=0.0)
+        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
     if ADD or PICK:
         tl.store(SUM + at, x, mask=here)
     wide = x.to(tl.float32)
@@ -103,7 +104,7 @@ def norm_back_kernel(
     tl.store(PARTS + tl.program_id(0) * C + c, tl.sum(parts, 0))
 
 
-# %% book/07b-fused.md, exported cell 3 (4c971345)
+# %% book/07b-fused.md, exported cell 3 (12c57f61)
 def has_fused(width: int, *tensors: Tensor | None) -> bool:
     """Whether the kernels of this chapter can take these tensors, with rows of such a width."""
     return (
@@ -158,7 +159,8 @@ def room_for_parts(x: Tensor, count: int) -> Tensor:
     """For `count` norms of x (N, C): where the parts of their weights' gradients go."""
     fused = has_fused(x.size(1), x) or interpreting()
     programs = -(-len(x) // SHARE) if fused else 1
-    return x.new_zeros(count, programs, x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
+    kind = torch.promote_types(x.dtype, torch.float32)
+    return x.new_zeros(count, programs, x.size(1), dtype=kind)
 
 
 def norm(

@@ -275,7 +275,7 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 8 (b05c45d0)
+# %% book/09b-step.md, exported cell 8 (48ffd482)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
@@ -284,7 +284,7 @@ class GraphedStep:
     put other tensors in their place. A step takes `grad_accum` micro-batches, always of one shape;
     the learning rate is that of the optimizer's groups. `grad_clip` 0 is no limit. `reduce` is
     called with the list of summed gradients, flat float32 tensors, and may change them in place.
-    A step whose loss or gradient is not finite changes no weight and no moment, though it is counted;
+    A step whose loss or gradient is not finite changes no weight and no moment, though it counts;
     with `latch` no step after it changes any either. Ids that are no words make the loss not a
     number on a GPU, and are a ValueError on a CPU, where nothing is recorded.
     """

@@ -510,9 +510,10 @@ def with_gained(book: Book, chapter: Chapter) -> str:
     return REGION.sub(lambda match: table, chapter.text)
 
 
-# %% book/17-tangle.md, exported cell 15 (47e87053)
+# %% book/17-tangle.md, exported cell 15 (ae02c83f)
 INLINE = "module://matplotlib_inline.backend_inline"
-STEADY = {"OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "0", "MPLBACKEND": INLINE}
+WAIT = {"OMP_WAIT_POLICY": "passive"}  # two chapters at once: who waits lets the other one work
+STEADY = {"OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "0", "MPLBACKEND": INLINE, **WAIT}
 
 
 def code_of(notebook: NotebookNode) -> str:
