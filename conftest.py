@@ -45,6 +45,15 @@ RunningKernel.execute_cell_input, RunningKernel.stop = execute_cell_input, stop
 SOCKETS = tempfile.TemporaryDirectory(prefix="nanolm-")
 
 
+class Uncovered(KernelManager):
+    """Starts kernels that coverage does not look at: a chapter defines again what is measured."""
+
+    def start_kernel(self, **options):
+        environment = options.pop("env", os.environ)
+        names = environment.keys() - {"COVERAGE_PROCESS_CONFIG"}
+        return super().start_kernel(**options, env={name: environment[name] for name in names})
+
+
 def kernel_manager(**options):
     """Kernels started at the same moment may pick the same port: talk through files instead."""
     if os.name != "nt":
@@ -52,7 +61,7 @@ def kernel_manager(**options):
             "transport": "ipc",
             "connection_file": f"{SOCKETS.name}/{uuid.uuid4().hex}.json",
         }
-    return KernelManager(**options)
+    return Uncovered(**options)
 
 
 nbval.kernel.KernelManager = kernel_manager

@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 30ae5a9a
+# The seal of all that stands in no cell: 1b55ae83
 """`nanolm.bench`, derived in the book, where each line has its reason:
 
 - book/14-bench.md: Side by side
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -511,7 +511,13 @@ def loss_and_gradients(
     return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
 
 
-# %% book/14-bench.md, exported cell 20 (c6064306)
+# %% book/14-bench.md, exported cell 20 (1889471b)
+@cache
+def compiled(function: Callable) -> Callable:
+    """`torch.compile(function)`, once; not before it is called, for the compiler loads slowly."""
+    return torch.compile(function)
+
+
 def softmax_gradient(logits: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The sum of the losses of some rows, and the gradient of their logits (rows, V)."""
     wide = logits.float()
@@ -522,13 +528,12 @@ def softmax_gradient(logits: Tensor, targets: Tensor, count: int) -> tuple[Tenso
 
 def loss_in_chunks(rows: int) -> Callable[..., tuple[Tensor, ...]]:
     """A pass over `rows` at a time: the library's products, and what is between them compiled."""
-    compiled = torch.compile(softmax_gradient)
 
     @torch.no_grad()
     def once(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         d_weight, parts = torch.zeros_like(weight, dtype=torch.float32), []
         for x, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            loss, p = compiled(x @ weight.T, t, len(hidden))
+            loss, p = compiled(softmax_gradient)(x @ weight.T, t, len(hidden))
             parts.append((loss, p @ weight))
             d_weight += p.T @ x
         losses, d_hidden = zip(*parts, strict=True)
@@ -540,7 +545,7 @@ def loss_in_chunks(rows: int) -> Callable[..., tuple[Tensor, ...]]:
 LOSSES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     OURS: partial(loss_and_gradients, our_loss),
     "F.cross_entropy": partial(loss_and_gradients, plain_loss),
-    "  the same, compiled": partial(loss_and_gradients, torch.compile(plain_loss)),
+    "  the same, compiled": partial(loss_and_gradients, lambda *x: compiled(plain_loss)(*x)),
     "  in chunks, compiled": loss_in_chunks(8192),
 }
 
@@ -1073,7 +1078,7 @@ ENCODERS = {
 }
 
 
-# %% book/14-bench.md, exported cell 31 (89cf2adf)
+# %% book/14-bench.md, exported cell 31 (e49d29fe)
 PROMPT = """
 import statistics
 text = " ".join(" ".join(texts).split())[:100]
@@ -1091,6 +1096,23 @@ answer(statistics.median(samples), check=str(ids))
 PROMPTS = {
     OURS: LOADED + "encode = found.encode" + PROMPT,
     "tiktoken": LOADED + "texts = texts[:1]" + TIKTOKEN + "encode = peer.encode_ordinary" + PROMPT,
+}
+KINDS = ["a letter", "letters", "digits", "signs", "spaces", "newlines", "Chinese", "emoji"]
+ONE_WORD = """
+import random
+from nanolm.tokenizer import Tokenizer
+found, dice = Tokenizer.load(asked["tokenizer"]), random.Random(0)
+size, signs, thousand = found.vocab_size - 1, "!?#$%&*+-./:;<=>@^_~", range(1000)
+kinds = {"a letter": "a", "letters": "abcdefghijklmnopqrstuvwxyz", "digits": "0123456789",
+         "signs": signs, "spaces": " ", "newlines": "\\n",
+         "Chinese": "".join(chr(0x4E00 + 7 * i) for i in thousand),
+         "emoji": "".join(chr(0x1F300 + i) for i in thousand)}
+some = kinds[asked["kind"]]
+texts = ["".join(dice.choices(some, k=10**6 // len(some[0].encode())))]
+"""
+WORDS = {
+    OURS: ONE_WORD + FORGET + OURS_LISTS + FINISH,
+    "tiktoken": ONE_WORD + TIKTOKEN + FINISH,
 }
 SHARDS = {
     OURS: """
@@ -1176,7 +1198,7 @@ def compare_programs(
         yield row | {"unit": "MB/s", "error": wrong, "peak_mb": round(peak)}
 
 
-# %% book/14-bench.md, exported cell 34 (6bbfadd0)
+# %% book/14-bench.md, exported cell 34 (ea6b0eb0)
 def cut_texts(text: Path, folder: Path, sizes: Iterable[float], unseen: float) -> dict[str, Path]:
     """Write the beginnings of a text, `sizes` in MB, and its end, `unseen` MB, to files."""
     whole, end = text.read_bytes(), f"\n{END_OF_TEXT}\n".encode()
@@ -1198,13 +1220,14 @@ def bench_tokenizer(
     """Training and encoding beside the peers: each run is a process of its own, on `cores` cores.
 
     `text` is a file of documents, each ended by a line <|endoftext|>; without one, fables. `sizes`
-    of it are learnt from (MB), its last `unseen` MB are encoded with what the largest gave.
+    of it are learnt from (MB), its last `unseen` MB are encoded with what the largest gave, as
+    are 100 letters and words of a megabyte.
     """
     pattern, repeats = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT}[split], repeats or 3
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, kinds = Path(name), KINDS
         if not text:
-            text, sizes, unseen = str(folder / "fables.txt"), (2, 6), 1.0
+            text, sizes, unseen, kinds = str(folder / "fables.txt"), (2, 6), 1.0, KINDS[:1]
             Path(text).write_text("".join(f"{t}\n{END_OF_TEXT}\n" for t in fables(10_000)), "utf-8")
         files = cut_texts(Path(text), folder, sizes, unseen)
         title = f"tokenizer, {vocab_size} ids, {split}"
@@ -1215,9 +1238,12 @@ def bench_tokenizer(
         works += [(f"shards of {last} MB", SHARDS, last, cores)]
         works += [(f"encode, {n} core{'s'[: n > 1]}", ENCODERS, "unseen", n) for n in {1, cores}]
         works += [("encode 100 letters", PROMPTS, "unseen", 1)]
+        works += [(f"1 MB of {kind}", WORDS, "unseen", 1) for kind in kinds]
         for work, programs, size, count in works:
             asked |= {"text": str(files[size]), "cores": count}
-            amount = 1e-4 if programs is PROMPTS else files[size].stat().st_size / 1e6
+            asked["kind"] = work.removeprefix("1 MB of ")
+            amount = files[size].stat().st_size / 1e6
+            amount = {id(PROMPTS): 1e-4, id(WORDS): 1.0}.get(id(programs), amount)
             rows = compare_programs(title, work, programs, asked, amount=amount, repeats=repeats)
             yield from ({"MB": amount, "cores": count} | row for row in rows)
 

@@ -654,26 +654,51 @@ def learn_row(
     return merges
 
 
-# %% book/01b-fastbpe.md, exported cell 22 (29376682)
+# %% book/01b-fastbpe.md, exported cell 22 (f1d26407)
 NONE = 1 << 24  # stands for the id that a pair merges into, if it does not
 
 
 class PairTable:
-    """Pairs of ids -> the id that they merge into, or NONE; looked up many at a time."""
+    """Pairs of ids -> the id that they merge into, or NONE; looked up many at a time.
+
+    A pair has a slot in each of a few tables, and stands in the first where no other took it.
+    """
 
     def __init__(self, merges: Sequence[TokenPair]) -> None:
-        pairs = np.array(merges, np.int64).reshape(-1, 2)
-        self.table = WordTable(1)
-        self.table.insert([self._pack(*pairs.T)], np.arange(256, 256 + len(pairs)))
+        pairs = np.array(merges, np.int32).reshape(-1, 2)
+        self.left, self.right = np.vstack([np.full((256, 2), -2, np.int32), pairs]).T.copy()
+        self.tables: list[np.ndarray] = []
+        left = np.arange(256, 256 + len(pairs), dtype=np.int32)
+        while len(left) or not self.tables:
+            self.tables.append(np.zeros(1 << (8 * len(left) + 8).bit_length(), np.int32))
+            slot = self.slots(self.left[left], self.right[left], self.tables[-1])
+            self.tables[-1][slot] = left  # several may claim a slot; one of them stays written
+            left = left[self.tables[-1][slot] != left]
+        byte = np.arange(-1, 256, dtype=np.int32)
+        self.of_bytes = self.get(np.repeat(byte, 257), np.tile(byte, 257))  # most are asked for
 
-    def _pack(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        return (left.astype(np.uint64) + np.uint64(1)) << np.uint64(32) | right.astype(np.uint32)
+    def slots(self, left: np.ndarray, right: np.ndarray, table: np.ndarray) -> np.ndarray:
+        """Where pairs belong in a table."""
+        mixed = (left.astype(np.uint64) << np.uint64(32) ^ right.astype(np.uint64)) * SPREAD
+        return (mixed >> np.uint64(65 - len(table).bit_length())).view(np.int64)
+
+    def get_bytes(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """As `get`, for ids of bytes, and -1."""
+        return self.of_bytes.take((left + 1) * 257 + right + 1)
 
     def get(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """The merged ids of pairs, int32; an id of -1 merges with nothing."""
-        values, absent = self.table.find([self._pack(left, right)])
-        values[absent] = NONE
-        return values.astype(np.int32)
+        found = np.full(len(left), NONE, np.int32)
+        asked = np.arange(len(left))
+        for table in self.tables:
+            there = table.take(self.slots(left, right, table))
+            equal = (self.left.take(there) == left) & (self.right.take(there) == right)
+            found[asked[equal]] = there[equal]
+            more = np.flatnonzero(~equal & (there > 0))  # behind an empty slot there is nothing
+            if not len(more):
+                break
+            asked, left, right = asked[more], left[more], right[more]
+        return found
 
 
 # %% book/01b-fastbpe.md, exported cell 23 (93c81a68)
@@ -685,7 +710,7 @@ def merge_words(columns: list[np.ndarray], pairs: PairTable) -> tuple[np.ndarray
     return tokens[kept], kept.sum(1)
 
 
-# %% book/01b-fastbpe.md, exported cell 24 (d2516e32)
+# %% book/01b-fastbpe.md, exported cell 24 (c0b86d37)
 def merge_columns(ids: np.ndarray, pairs: PairTable) -> np.ndarray:
     """Merge words side by side, each a column of byte ids, -1 below its end; int32 (w, M), w <= 64.
 
@@ -695,7 +720,7 @@ def merge_columns(ids: np.ndarray, pairs: PairTable) -> np.ndarray:
     place, which, done = np.arange(width, dtype=np.int32)[:, None], np.arange(count), ids.copy()
     ids = np.vstack([ids, np.full((1, count), -1, np.int32)])
     after, before = (np.repeat(place + step, count, axis=1) for step in (1, -1))
-    best = pairs.get(ids[:-1].ravel(), ids[1:].ravel()).reshape(ids[1:].shape) << 6 | place
+    best = pairs.get_bytes(ids[:-1], ids[1:]) << 6 | place
     while True:
         top = best.min(axis=0)  # rank and place in one number: of equals, the leftmost
         alive = np.flatnonzero(top < NONE << 6)
@@ -761,15 +786,27 @@ def merge_row(
     return tokens[tokens != row.end], np.diff(ends) - 1
 
 
-# %% book/01b-fastbpe.md, exported cell 27 (507383d1)
+# %% book/01b-fastbpe.md, exported cell 27 (8c127655)
 PIECES = re.compile(rb"[\x80-\xbf]+|[^\x80-\xbf][\x80-\xbf]*")  # characters, or their parts
+
+
+def neighbours(tokens: Iterable[bytes]) -> set[tuple[bytes, bytes]]:
+    """The characters, or parts of such, that stand side by side in some token."""
+    whole: set[tuple[str, str]] = set()
+    parts: set[tuple[bytes, bytes]] = set()
+    for token in tokens:
+        try:
+            whole.update(pairwise(token.decode()))
+        except UnicodeDecodeError:
+            parts.update(pairwise(PIECES.findall(token)))
+    return parts | {(a.encode(), b.encode()) for a, b in whole}
 
 
 class Joints:
     """Which characters stand side by side in some token: between others a word may be cut."""
 
     def __init__(self, tokens: Iterable[bytes]) -> None:
-        pairs = {pair for token in tokens for pair in pairwise(PIECES.findall(token))}
+        pairs = neighbours(tokens)
         pieces = sorted({piece for pair in pairs for piece in pair})
         whole = [piece for piece in pieces if len(piece.decode(errors="ignore")) == 1]
         ids = {piece: i for i, piece in enumerate(whole, 1)}  # 0 is for all others
@@ -812,7 +849,7 @@ def mark_of(tokenizer: Tokenizer) -> int:
     return tokenizer.special_tokens.get(END_OF_TEXT, tokenizer.vocab_size)
 
 
-# %% book/01b-fastbpe.md, exported cell 29 (e9736434)
+# %% book/01b-fastbpe.md, exported cell 29 (6a169a69)
 class Encoder(WordMap):
     """Encodes documents, many words at a time. A word's value says where its ids are kept.
 
@@ -822,7 +859,8 @@ class Encoder(WordMap):
     def __init__(self, tokenizer: Tokenizer, known: Mapping[str, np.ndarray] | None = None) -> None:
         self.tokenizer = tokenizer
         self.mark = mark_of(tokenizer)
-        self.sizes = [len(tokenizer.token_bytes(i)) for i in range(256 + len(tokenizer.merges))]
+        self.tokens = [tokenizer.token_bytes(i) for i in range(256 + len(tokenizer.merges))]
+        self.sizes = [len(token) for token in self.tokens]
         self.pairs, self.known, self.lock = PairTable(tokenizer.merges), known or {}, Lock()
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
         self.sound = False
@@ -874,7 +912,7 @@ class Encoder(WordMap):
     @cached_property
     def joints(self) -> Joints:
         """Where this tokenizer's words may be cut; made when a text needs it."""
-        return Joints(self.tokenizer.token_bytes(i) for i in range(len(self.sizes)))
+        return Joints(self.tokens)
 
     def _gather(self, block: bytes, starts: np.ndarray) -> np.ndarray:
         if self.used > POOL:
@@ -1246,7 +1284,7 @@ def save_known(tokenizer: Tokenizer, path: Path) -> None:
     write_known(path, tokenizer.fingerprint, know(tokenizer) or own_words(tokenizer))
 
 
-# %% book/01b-fastbpe.md, exported cell 45 (7a013bad)
+# %% book/01b-fastbpe.md, exported cell 45 (a9cf7f2d)
 def encode_part(data: bytes, tokenizer: Tokenizer) -> np.ndarray:
     """What a worker does: encode documents, each ended by SEPARATOR; see `Encoder.encode`."""
     tokenizer._bulk = tokenizer._bulk or Encoder(tokenizer, know(tokenizer))
@@ -1258,8 +1296,8 @@ def encode_parts(
 ) -> Iterator[np.ndarray]:
     """The ids of texts, each closed by the id `mark_of(tokenizer)`, in arrays of a few million."""
     check_texts(texts)
-    tasks = cut_texts(map(well_formed, texts), 2 * BLOCK)  # which refuses what is not a string
-    return in_order(encode_part, tasks, count_workers(workers), 4, tokenizer)
+    tasks = cut_texts(map(well_formed, texts), BLOCK)  # which refuses what is not a string
+    return in_order(encode_part, tasks, count_workers(workers), 6, tokenizer)
 
 
 def encode_texts(

@@ -1,5 +1,6 @@
 """A Python of its own for a test, which has to choose what Triton does before it is imported."""
 
+import json
 import os
 import subprocess
 import sys
@@ -29,3 +30,22 @@ def python(script, **environment):
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def compiled_rows(gate, *lots):
+    """The rows that tests/GATE.py prints of kernels compiled for cards that are not here.
+
+    With lots of words, a process for each lot. Coverage, which it would make slow, does not look.
+    """
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+    environment.pop("COVERAGE_PROCESS_CONFIG", None)
+    script = [sys.executable, str(ROOT / "tests" / f"{gate}.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    runs = [
+        subprocess.Popen([*script, *lot], text=True, env=environment, **pipes)
+        for lot in lots or [()]
+    ]
+    said = [run.communicate() for run in runs]
+    assert not any(run.returncode for run in runs), "".join(error for _, error in said)[-3000:]
+    return [row for out, _ in said for row in json.loads(out)]

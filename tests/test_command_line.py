@@ -34,6 +34,14 @@ def trained(tmp_path_factory):
     return folder
 
 
+def test_it_starts_without_the_compiler():
+    code = (
+        "import sys, nanolm.__main__; print(*{'torch._inductor', 'torch._dynamo'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "", done.stdout + done.stderr
+
+
 def refused(capsys, argv):
     """Run a command that must be refused; return its one line."""
     capsys.readouterr()

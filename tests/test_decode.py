@@ -6,9 +6,6 @@ tests run them for real, recorded, with teams whose programs wait for each other
 
 import contextlib
 import copy
-import json
-import os
-import subprocess
 import sys
 import textwrap
 from dataclasses import replace
@@ -16,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from apart import NO_TRITON, python
+from apart import NO_TRITON, compiled_rows, python
 from place import DEVICE, on_gpu, with_kernels
 from seeded import one_seed  # noqa: F401
 
@@ -461,11 +458,7 @@ def test_a_team_never_waits_for_programs_that_cannot_run(monkeypatch):
 @pytest.fixture(scope="module")
 def gate():
     """What the kernels take of cards that are not here; compiled in a process of its own."""
-    run = [sys.executable, str(ROOT / "tests" / "decode_gate.py"), "80", "90"]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(run, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return compiled_rows("decode_gate", ("80",), ("90",))
 
 
 @with_kernels

@@ -168,6 +168,26 @@ def test_the_table_is_a_dictionary(batches, width):
     assert table.words == len(known) <= len(table.values) / 2
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 300, 5000])
+def test_pairs_merge_into_what_the_merges_say(count):
+    rng = random.Random(count)
+    merges, known = [], {}
+    while len(merges) < count:
+        pair = rng.randrange(256 + len(merges)), rng.randrange(256 + len(merges))
+        if pair not in known:
+            known[pair] = 256 + len(merges)
+            merges.append(pair)
+    table = fast.PairTable(merges)
+    asked = merges + [(rng.randrange(-1, 256 + count), rng.randrange(-1, 256)) for _ in range(9999)]
+    asked += [(b, a) for a, b in merges] + [(-1, -1), (0, 0)]
+    left, right = np.array(asked, np.int32).T
+    assert table.get(left, right).tolist() == [known.get(pair, fast.NONE) for pair in asked]
+    byte = (left < 256) & (right < 256)
+    expected = [known.get(pair, fast.NONE) for pair in asked if max(pair) < 256]
+    assert table.get_bytes(left[byte], right[byte]).tolist() == expected
+    assert count < 300 or len(table.tables) > 1  # so that the second table was asked too
+
+
 # ---------------------------------------------------------------- training
 
 

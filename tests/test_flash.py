@@ -6,11 +6,7 @@ tests run them for real, over the full grid. Poison surrounds all that they read
 
 import contextlib
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -19,7 +15,7 @@ import flash_gate
 import pytest
 import torch
 from alive import Alive
-from apart import NO_TRITON, python
+from apart import NO_TRITON, compiled_rows, python
 from place import DEVICE, ON_GPU, RUNS, on_gpu, with_kernels
 from seeded import one_seed  # noqa: F401
 
@@ -758,17 +754,7 @@ def test_without_triton_plain_pytorch_does_it():
 @pytest.fixture(scope="module")
 def compiled():
     """What every kernel takes of every card, by case and kernel, from processes that compile."""
-    script = [sys.executable, str(ROOT / "tests" / "flash_gate.py")]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    runs = [
-        subprocess.Popen([*script, *cards], text=True, env=environment, **pipes)
-        for cards in (("80", "86"), ("89", "90"))
-    ]
-    said = [run.communicate() for run in runs]
-    assert not any(run.returncode for run in runs), "".join(error for _, error in said)[-3000:]
-    rows = [row for out, _ in said for row in json.loads(out)]
+    rows = compiled_rows("flash_gate", ("80", "86"), ("89", "90"))
     return {(row["case"], row["kernel"]): row for row in rows}
 
 

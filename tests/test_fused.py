@@ -5,14 +5,11 @@ tests run them for real. Poison surrounds what they read.
 """
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from apart import compiled_rows
 from place import DEVICE, RUNS, on_gpu, with_kernels
 from seeded import one_seed  # noqa: F401
 
@@ -266,13 +263,7 @@ def test_on_a_gpu_bfloat16_of_a_fitting_width_goes_by_the_kernels():
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 def test_compiled_for_cards_that_are_not_here():
-    script = [sys.executable, str(ROOT / "tests" / "fused_gate.py")]
-    place = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        script, capture_output=True, text=True, timeout=300, env=os.environ | place
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(done.stdout)
+    rows = compiled_rows("fused_gate")
     assert len({row["kernel"] for row in rows}) == 8
     for row in rows:
         card = int(row["case"][3:5])

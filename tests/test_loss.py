@@ -5,18 +5,14 @@ tests run them for real. Poison surrounds what they read.
 """
 
 import contextlib
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from alive import Alive
-from apart import NO_TRITON, python
+from apart import NO_TRITON, compiled_rows, python
 from place import DEVICE, ON_GPU, RUNS, on_gpu, with_kernels
 from seeded import one_seed  # noqa: F401
 
@@ -457,12 +453,7 @@ def test_without_triton_plain_pytorch_does_it():
 
 @with_kernels
 def test_kernels_fit_the_cards_and_spill_nothing():
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
-    script = [sys.executable, str(ROOT / "tests" / "loss_gate.py")]
-    run = subprocess.run(script, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
-    rows = json.loads(run.stdout)
+    rows = compiled_rows("loss_gate")
     assert len(rows) == (4 * 4 + 2) * 3
     assert sum(row["kernel"] == "weigh_at_once_kernel" for row in rows) == 2
     for row in rows:
