@@ -965,7 +965,7 @@ def bench_ceilings(
         )  # fmt: skip
 
 
-# %% book/14-bench.md, exported cell 28 (eb40e090)
+# %% book/14-bench.md, exported cell 28 (3af67a38)
 BEGIN = """
 import hashlib, importlib.metadata, json, os, sys, time
 asked = json.loads(sys.argv[1])
@@ -979,7 +979,7 @@ def documents():
         rest = ""
         while block := file.read(1 << 22):
             *found, rest = (rest + block).split("\\n<|endoftext|>\\n")
-            yield from found
+            yield from (text.strip("\\n") for text in found)
         yield from filter(None, [rest.strip("\\n")])
 
 def answer(seconds, **more):

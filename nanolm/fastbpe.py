@@ -150,16 +150,22 @@ def gpt2_starts(classes: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return start[: len(classes)]
 
 
-# %% book/01b-fastbpe.md, exported cell 6 (3b246ffb)
+# %% book/01b-fastbpe.md, exported cell 6 (144f116a)
 def start_white(start: np.ndarray, classes: np.ndarray, run: np.ndarray, end: np.ndarray) -> None:
     """Cut runs of white space, [run, end) each, as GPT-4's pattern does; correct `start`."""
     following = np.append(classes, np.uint8(MARK))
-    newline = np.append(np.flatnonzero(classes == NEWLINE), len(classes))
+    alone = (end - run == 1) & (classes.take(run) == SPACE)  # nearly all join letters, or signs
+    after, more = end.take(np.flatnonzero(alone)), np.flatnonzero(~alone)
+    joins = following.take(after)
+    start[after.take(np.flatnonzero((joins == LETTER) | (joins == OTHER)))] = False
+    run, end = run.take(more), end.take(more)
+    newline = np.flatnonzero(classes == NEWLINE)
+    over = 1 + newline[np.diff(newline, append=-1) != 1]  # where each run of newlines is over
+    newline = np.append(newline, len(classes))
     glued = run[(run > 0) & (classes[run - 1] == OTHER) & (classes[run] == NEWLINE)]
-    other = np.append(np.flatnonzero(classes != NEWLINE), len(classes))
     start[glued] = False  # newlines right after punctuation belong to it
     begin = run.copy()
-    begin[np.searchsorted(run, glued)] = other[np.searchsorted(other, glued)]
+    begin[np.searchsorted(run, glued)] = over[np.searchsorted(over, glued, "right")]
     start[begin] = True
     last = newline[np.searchsorted(newline, end) - 1]  # where there is none: the end of the text
     rest = np.where((last >= begin) & (last < end), last + 1, begin)
@@ -171,7 +177,7 @@ def start_white(start: np.ndarray, classes: np.ndarray, run: np.ndarray, end: np
     start[end[letter | space & (following[end] == OTHER)]] = False  # that is letters, or signs
 
 
-# %% book/01b-fastbpe.md, exported cell 7 (5010f807)
+# %% book/01b-fastbpe.md, exported cell 7 (b6eedcb6)
 def gpt4_starts(classes: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Whether a word of GPT-4's pattern starts at each character; else as `gpt2_starts`."""
     count, group = len(classes), np.minimum(classes, SPACE)  # all white space alike
@@ -179,13 +185,16 @@ def gpt4_starts(classes: np.ndarray, codes: np.ndarray) -> np.ndarray:
     np.not_equal(group[1:], group[:-1], out=start[1:count])
     start[:count] |= classes == MARK
     run = np.flatnonzero(start[:count])
-    kind, end = group[run], np.append(run[1:], count)
+    kind, end = group.take(run), np.append(run[1:], count)
     following = np.append(kind[1:], np.uint8(MARK))
-    spaced = np.append(False, classes[run[1:] - 1] == SPACE)
+    spaced = np.append(False, classes.take(run[1:] - 1) == SPACE)
     single = (kind == OTHER) & (following == LETTER) & (end - run == 1) & ~spaced
-    start_white(start, classes, run[kind == SPACE], end[kind == SPACE])
-    start[end[single]] = False  # one sign goes with the letters after it, unless with a space
-    digits, more = run[kind == DIGIT], (end - run)[kind == DIGIT]
+    white = np.flatnonzero(kind == SPACE)
+    start_white(start, classes, run.take(white), end.take(white))
+    letters = end.take(np.flatnonzero(single))
+    start[letters] = False  # one sign goes with the letters after it, unless with a space
+    digit = np.flatnonzero(kind == DIGIT)
+    digits, more = run.take(digit), (end - run).take(digit)
     for k in range(1, 1 + int(more.max(initial=0) - 1) // 3):  # digits go by threes
         digits, more = digits[more > 3 * k], more[more > 3 * k]
         start[digits + 3 * k] = True
@@ -786,7 +795,7 @@ def merge_row(
     return tokens[tokens != row.end], np.diff(ends) - 1
 
 
-# %% book/01b-fastbpe.md, exported cell 27 (8c127655)
+# %% book/01b-fastbpe.md, exported cell 27 (b56fdfae)
 PIECES = re.compile(rb"[\x80-\xbf]+|[^\x80-\xbf][\x80-\xbf]*")  # characters, or their parts
 
 
@@ -834,7 +843,7 @@ class Joints:
         apart = ~self.joined.ravel().take(kinds[:-1] * len(self.joined) + kinds[1:])
         first_bytes = np.flatnonzero(np.frombuffer(block, np.int8) >= -64)
         start = np.zeros(len(block), bool)
-        start[first_bytes[1:][apart]] = True
+        start[first_bytes.take(1 + np.flatnonzero(apart))] = True
         start &= np.repeat(lengths > 8, lengths)
         start[starts] = True
         return np.flatnonzero(start)
