@@ -18,18 +18,16 @@ settings.register_profile(
 settings.load_profile("nanolm")
 
 
-SLOW = "test_flash.py", "test_decode.py"  # hundreds of cases of the same interpreted kernels
-SEEN = set()  # their tests of which a case was measured
+SEEN = set()  # tests of which a case was measured
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Let coverage see one case of each slow test: it slows interpreted kernels threefold."""
+    """Let coverage see one case of each test: it slows interpreted kernels threefold."""
     function, tracer = (item.path, getattr(item, "originalname", item.name)), sys.gettrace()
     if function in SEEN:
         sys.settrace(None)
-    if item.path.name in SLOW:
-        SEEN.add(function)
+    SEEN.add(function)
     try:
         return (yield)
     finally:
