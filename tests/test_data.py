@@ -618,10 +618,10 @@ def test_no_half_file_after_a_kill(tmp_path):
                 break
             time.sleep(0.1)
         workers = children(child.pid)
-        for _ in range(3):  # Python loses an interrupt that falls into a callback
+        for _ in range(9):  # on a busy machine one may be lost
             child.send_signal(blow)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(30)
+                child.wait(20)
                 break
         assert child.wait(1) != 0
         for _ in range(100):
