@@ -32,14 +32,18 @@ def python(script, **environment):
     return done.stdout
 
 
+def unmeasured(**more):
+    """An environment in which coverage does not look: it is slow, and an interrupt may lock it."""
+    return {k: v for k, v in os.environ.items() if k != "COVERAGE_PROCESS_CONFIG"} | more
+
+
 def compiled_rows(gate, *lots):
     """The rows that tests/GATE.py prints of kernels compiled for cards that are not here.
 
-    With lots of words, a process for each lot. Coverage, which it would make slow, does not look.
+    With lots of words, a process for each lot.
     """
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
-    environment.pop("COVERAGE_PROCESS_CONFIG", None)
+    environment = unmeasured(PYTHONPATH=path, TRITON_INTERPRET="0")
     script = [sys.executable, str(ROOT / "tests" / f"{gate}.py")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     runs = [
