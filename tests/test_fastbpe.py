@@ -19,6 +19,7 @@ import regex
 import tiktoken
 import tiktoken.load
 import tokenizers
+from apart import unmeasured
 from hypothesis import given, settings
 
 import nanolm.fastbpe as fast
@@ -416,7 +417,7 @@ def test_ctrl_c_leaves_no_half_file_and_no_process(tmp_path):
         "texts = (pathlib.Path(sys.argv[1]) for _ in range(10**6))\n"
         "Tokenizer.train(texts, 9000, workers=2).save(sys.argv[2], compiled=True)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = unmeasured(PYTHONPATH=str(ROOT))
     run = [sys.executable, "-c", code, path, out]
     child = subprocess.Popen(run, env=environment, stderr=subprocess.DEVNULL)
     for _ in range(600):

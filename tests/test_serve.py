@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from apart import ROOT
+from apart import ROOT, unmeasured
 from seeded import one_seed  # noqa: F401
 from test_book_pages import Browser, needs_browser
 from test_sample import small_model
@@ -401,7 +401,7 @@ def run(tmp_path_factory):
 @contextlib.contextmanager
 def command(*words):
     """`nanolm serve` as a program, from its first line on."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = unmeasured(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     program = [sys.executable, "-m", "nanolm", "serve", *map(str, words)]
     running = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=environment)
     try:
