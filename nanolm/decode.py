@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 36c00593
+# The seal of all that stands in no cell: a5b062a8
 """`nanolm.decode`, derived in the book, where each line has its reason:
 
 - book/11b-decode.md: Tokens as fast as they come
@@ -21,7 +21,7 @@ from nanolm.flash import LOG2_E
 from nanolm.interpret import has_triton, interpreting, repair_bfloat16, tl, triton
 from nanolm.model import KVCache, ModelConfig, Transformer
 from nanolm.sample import GREEDY_BELOW, SampleConfig, repetition_penalty, sample_logits
-from nanolm.step import record
+from nanolm.step import Forward, heads_of, record, side_by_side
 
 __all__ = [
     "Decoder",
@@ -49,7 +49,7 @@ def packed(model: Transformer) -> tuple[Tensor, Tensor]:
     return torch.stack(layers), torch.stack(down)
 
 
-# %% book/11b-decode.md, exported cell 2 (2b1844c5)
+# %% book/11b-decode.md, exported cell 2 (d3370efb)
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -69,7 +69,7 @@ class Plain:
     """Steps of a `Decoder` in plain PyTorch, on any device and in any type."""
 
     def __init__(self, model: Transformer, cache: KVCache, vocab_size: int) -> None:
-        self.config, self.cache = model.config, cache
+        self.model, self.config, self.cache = model, model.config, cache
         pack, down = packed(model)
         self.layers = [rows.split(row_counts(model.config)) for rows in pack]
         self.down = down.mT.unbind()
@@ -90,6 +90,14 @@ class Plain:
 
     def place(self, rows: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> None:
         """The tokens to be read next in these rows; here they are known already."""
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (L, B, H_kv, T, D) of ids (B, T), which nothing precedes."""
+        c, (B, T) = self.config, ids.shape
+        room = c.n_layer, B, c.n_kv_head, T, c.head_dim
+        cache = KVCache(*room, ids.device, self.norm.dtype)
+        self.model.hidden(ids, cache)
+        return cache.keys, cache.values
 
     def logits(self, rows: list[int], lengths: list[int]) -> Tensor:
         """Read the last id of each row, behind `lengths` others; logits (rows, V) of the next."""
@@ -532,7 +540,7 @@ def settle_kernel(BEST, WORD, STATE, IDS, steps, B, T, TILES: tl.constexpr, BTIL
             tl.store(STATE + b * 4 + 2, drawn + i + 1)
 
 
-# %% book/11b-decode.md, exported cell 10 (344f5509)
+# %% book/11b-decode.md, exported cell 10 (eea760bc)
 def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << (n - 1).bit_length()
@@ -567,7 +575,9 @@ def fits(config: ModelConfig, dtype: torch.dtype) -> bool:
 
 
 # what was fastest on an H200, the largest teams first
-TUNED = (Plan(8), Plan(4), Plan(2, BT=128, num_warps=16), Plan(1, num_warps=16))
+TUNED = (
+    Plan(8), Plan(4, BT=128, BF=64), Plan(2, BT=128, BF=64, WORDS=32), Plan(1, num_warps=16)
+)  # fmt: skip
 
 
 def programs_at_once(plan: Plan, processors: int) -> int:
@@ -595,6 +605,10 @@ class Kernels:
         self, model: Transformer, cache: KVCache, vocab_size: int, plan: Plan | None = None
     ) -> None:
         c, self.weight, B = model.config, model.embedding.weight.detach(), cache.keys.size(1)
+        names, weights = zip(*model.named_parameters(), strict=True)
+        _, views = side_by_side([weight.detach() for weight in weights], self.weight.dtype)
+        named = dict(zip(names, views, strict=True))
+        self.passes = Forward(c, model.tables, named, named)
         self.config, self.cache, self.vocab_size, self.tables = c, cache, vocab_size, model.tables
         (self.pack, self.down), self.norm = packed(model), model.norm.weight.detach()
         self.plan = plan or choose_plan(c, B, self.weight.device)
@@ -608,6 +622,7 @@ class Kernels:
         self.hidden = self.weight.new_zeros(B, c.d_model)
         self.logits = torch.zeros(B, vocab_size, **there)
         self.replays: dict[tuple[int, bool], Any] = {}
+        self.met, self.readings = set[torch.Size](), dict[torch.Size, Any]()
 
     def start(
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int],
@@ -630,6 +645,27 @@ class Kernels:
         where = torch.tensor(rows, device=self.state.device)
         known = torch.tensor(list(zip(tokens, lengths, strict=True)), device=self.state.device)
         self.state[where, :2] = known
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (L, B, H_kv, T, D) of ids (B, T), which nothing precedes."""
+        shape, few = ids.shape, len(self.readings) < 8 and ids.numel() <= 2048
+        if few and shape in self.met and ids.is_cuda and shape not in self.readings:
+            place = ids.clone()
+            self.readings[shape] = place, *record(lambda: self.read_now(place))
+        self.met.add(shape)
+        if shape not in self.readings:
+            return self.read_now(ids)
+        place, graph, found = self.readings[shape]
+        place.copy_(ids)
+        graph.replay()
+        return found
+
+    def read_now(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What `read` gives, launched one by one."""
+        rows = [was.qkv for was in self.passes.there(ids)[3]]
+        heads = [heads_of(qkv, len(ids), self.config.head_dim) for qkv in rows]
+        _, keys, values = zip(*(x.split(self.passes.counts, 1) for x in heads), strict=True)
+        return torch.stack(keys), torch.stack(values)
 
     def steps(self, n: int, lengths: Sequence[int], configs: Sequence[SampleConfig]) -> Tensor:
         """The next n ids of each row, (B, n); -1 where a row is empty or full."""
@@ -688,12 +724,12 @@ class Kernels:
             )  # fmt: skip
 
 
-# %% book/11b-decode.md, exported cell 11 (338aa2e5)
+# %% book/11b-decode.md, exported cell 11 (ecc23aa0)
 class Decoder:
     """Continues up to batch_size texts side by side, on memory allocated once.
 
     `put` gives rows a prompt each, `steps` draws the next n ids of all rows that have one, `free`
-    empties a row. `lengths` says how many tokens of a row are in the cache, -1 for an empty row.
+    empties rows. `lengths` says how many tokens of a row are in the cache, -1 for an empty row.
     The weights are copied, in `dtype` (the model's unless given): after training make a new one.
     With `vocab_size`, ids from there up are never drawn. `kernels` are used on a GPU where they
     fit the model; False asks for plain PyTorch.
@@ -730,18 +766,13 @@ class Decoder:
     @torch.inference_mode()
     def read(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Fill the cache of these rows with all but the last token of each prompt."""
-        c = self.config
         longest = max(map(len, prompts)) - 1
         if longest:
             padded = torch.tensor([[*ids[:-1], *[0] * (longest - len(ids) + 1)] for ids in prompts])
-            fresh = KVCache(
-                c.n_layer, len(rows), c.n_kv_head, longest, c.head_dim, self.device,
-                self.cache.keys.dtype,
-            )  # fmt: skip
-            self.model.hidden(padded.to(self.device), fresh)
             where = torch.tensor(rows, device=self.device)
-            self.cache.keys[:, where, :, :longest] = fresh.keys
-            self.cache.values[:, where, :, :longest] = fresh.values
+            keys, values = self.engine.read(padded.to(self.device))
+            self.cache.keys[:, where, :, :longest] = keys
+            self.cache.values[:, where, :, :longest] = values
         for row, ids in zip(rows, prompts, strict=True):
             self.lengths[row] = len(ids) - 1
         last = [ids[-1] for ids in prompts]
@@ -761,11 +792,12 @@ class Decoder:
         for row, config in zip(rows, configs, strict=True):
             self.configs[row] = config
 
-    def free(self, row: int) -> None:
-        """Empty a row."""
-        self.lengths[row] = -1
+    def free(self, rows: Sequence[int]) -> None:
+        """Empty these rows."""
+        for row in rows:
+            self.lengths[row] = -1
         with torch.inference_mode():
-            self.engine.place([row], [0], [-1])
+            self.engine.place(rows, [0] * len(rows), [-1] * len(rows))
 
     @torch.inference_mode()
     def steps(self, n: int) -> Tensor:
@@ -780,7 +812,7 @@ class Decoder:
         return ids
 
 
-# %% book/11b-decode.md, exported cell 12 (d19c54e2)
+# %% book/11b-decode.md, exported cell 12 (3cb150b3)
 AT_ONCE = 64  # steps in a recording
 
 
@@ -813,12 +845,18 @@ def decode(
             model.put(list(fresh), [prompts[j] for j in fresh.values()], configs)
             busy |= fresh
         slide(model, {row: [*prompts[j], *done[j]] for row, j in busy.items()})
-        left = max(config.max_tokens - len(done[j]) for j in busy.values())
-        found = model.steps(min(AT_ONCE, 1 << left.bit_length() - 1)).tolist()
-        for row, j in list(busy.items()):
-            if accept(done[j], found[row], config.max_tokens, stop_ids):
-                model.free(row)
-                del busy[row]
+        left = [config.max_tokens - len(done[j]) for j in busy.values()]
+        n = min(AT_ONCE, 1 << max(left).bit_length() - 1)
+        room = model.config.max_seq_len - max(model.lengths)
+        calls = 1 if stop_ids else max(min(*left, room) // n, 1)  # until a text can end
+        found = torch.cat([model.steps(n) for _ in range(calls)], 1).tolist()
+        texts = busy.items()
+        over = [
+            row for row, j in texts if accept(done[j], found[row], config.max_tokens, stop_ids)
+        ]
+        if over:
+            model.free(over)
+            busy = {row: j for row, j in texts if row not in over}
     return done
 
 

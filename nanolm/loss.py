@@ -412,26 +412,28 @@ def loss_boxes(tiles: LossTiles, part: int, *tensors: Tensor) -> list[Any]:
     ]
 
 
-# %% book/07-loss.md, exported cell 7 (dddd0ef6)
+# %% book/07-loss.md, exported cell 7 (576bddb2)
 def launch_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grads: bool,
     tiles: LossTiles | None = None, rows: int = 0, splits: int = 0,
-    place: Tensor | None = None,
+    place: Tensor | None = None, beside: torch.cuda.Stream | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What `loss_by_chunks` computes, by the kernels, `rows` at a time. hidden is bfloat16.
 
-    The gradient of weight is added to `place`, if there is one, float32 like weight.
+    The gradient of weight is added to `place`, if there is one, float32 like weight; on the stream
+    `beside`, if there is one.
     """
     if interpreting():
         repair_bfloat16()
     given = hidden, weight, targets, ignore_index, grads
     with torch.cuda.device_of(hidden):  # which need not be the current one
-        return launch_here(*given, tiles, rows, splits, place)
+        return launch_here(*given, tiles, rows, splits, place, beside)
 
 
 def launch_here(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grads: bool,
     tiles: LossTiles | None, rows: int, splits: int, place: Tensor | None,
+    beside: torch.cuda.Stream | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`launch_loss`, on the current device."""
     (N, D), V = hidden.shape, len(weight)
@@ -461,6 +463,8 @@ def launch_here(
         x, t, g, out = (y[i : i + rows] for y in (hidden, targets, guess, losses))
         n, grid = len(x), triton.cdiv(min(rows, N - i), tiles.ROWS)
         sizes = n, V
+        if beside and i:
+            torch.cuda.current_stream().wait_stream(beside)  # the room is in use
         if at_once:
             weigh_at_once(x, narrow, g, room, sums, per)
         else:
@@ -473,11 +477,18 @@ def launch_here(
         if grads:
             set_product(d_rows[:n], room[:n, :V], narrow)
             torch.mul(d_rows[:n], scale[:n, None], out=d_hidden[i : i + n])
-            set_product(d_weight, room[:n, :V].T, scaled[:n], beta=int(place is not None or i > 0))
+            if beside:
+                beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                beta = int(place is not None or i > 0)
+                set_product(d_weight, room[:n, :V].T, scaled[:n], beta=beta)
+    if beside:
+        for x in (room, scaled):
+            x.record_stream(beside)
     return losses.sum() * share, d_hidden, d_weight
 
 
-# %% book/07-loss.md, exported cell 8 (17f27020)
+# %% book/07-loss.md, exported cell 8 (adb55745)
 def has_loss_kernel(hidden: Tensor) -> bool:
     """Whether the kernels can take states like hidden (N, D): GPU, Triton, type and width."""
     return (
@@ -501,14 +512,19 @@ def check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
 
 
 def loss_into(
-    place: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
-) -> tuple[Tensor, Tensor]:
-    """The mean loss and its gradient by hidden (N, D); that by weight is added to place (V, D)."""
+    place: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100,
+    *, rows: int = 0, beside: torch.cuda.Stream | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The mean loss and its gradient by hidden (N, D); that by weight is added to place (V, D).
+
+    On a GPU: `rows` at a time (0: few enough for little memory); and place is complete once the
+    stream `beside` is, if there is one.
+    """
     if not (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
         check_targets(targets, len(weight), ignore_index)
     given = hidden, weight, targets, ignore_index, True
     if has_loss_kernel(hidden):
-        return launch_loss(*given, place=place)[:2]
+        return launch_loss(*given, rows=rows, place=place, beside=beside)[:2]
     loss, d_hidden, d_weight = loss_by_chunks(*given)
     place += d_weight
     return loss, d_hidden

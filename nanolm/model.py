@@ -187,13 +187,13 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# %% book/05-transformer.md, exported cell 2 (d1a4ff18)
+# %% book/05-transformer.md, exported cell 2 (01005538)
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},  # the defaults of ModelConfig: 10.36M parameters
     "pocket": dict(  # 0.77M parameters: learns on a laptop's CPU in minutes
         vocab_size=1400, n_layer=3, n_head=4, n_kv_head=2, d_model=128, d_ff=384, max_seq_len=256
     )
-    | dict(init_std=0.09),
+    | dict(init_std=0.09, residual_std=0.09 / math.sqrt(2 * 3)),
 }
 
 
@@ -211,6 +211,9 @@ class ModelConfig:
     rope_theta: float = field(default=10000.0, metadata={"help": "base of the rotary wavelengths"})
     norm_eps: float = field(default=1e-5, metadata={"help": "added to the mean square in RMSNorm"})
     init_std: float = field(default=0.02, metadata={"help": "deviation of the initial weights"})
+    residual_std: float = field(
+        default=0.02, metadata={"help": "the same, of the two that write to the residual stream"}
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -259,20 +262,20 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-# %% book/05-transformer.md, exported cell 4 (1a974018)
-def init_weights(model: nn.Module, n_layer: int, std: float = 0.02) -> None:
-    """Draw every matrix from a normal of deviation `std`, smaller where it writes to the stream.
+# %% book/05-transformer.md, exported cell 4 (65175bd9)
+def init_weights(model: nn.Module, std: float = 0.02, residual_std: float = 0.02) -> None:
+    """Draw every matrix from a normal of deviation `std`; norms stay 1.
 
-    The two projections of a layer that add to the residual stream get std / sqrt(2 n_layer),
-    so that the stream's variance does not grow with depth (Radford et al. 2019). Norms stay 1.
+    The two projections of a layer that add to the residual stream get `residual_std`: with
+    std / sqrt(2 n_layer) its variance does not grow with depth (Radford et al. 2019).
     """
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(weight, std=std / (math.sqrt(2 * n_layer) if writes else 1.0))
+            nn.init.normal_(weight, std=residual_std if writes else std)
 
 
-# %% book/05-transformer.md, exported cell 5 (b456efb7)
+# %% book/05-transformer.md, exported cell 5 (0782e30f)
 class Transformer(nn.Module):
     """A decoder-only language model whose head is its embedding (Press and Wolf 2017).
 
@@ -286,7 +289,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        init_weights(self, config.n_layer, config.init_std)
+        init_weights(self, config.init_std, config.residual_std)
         self.build_tables()
 
     def build_tables(self) -> None:

@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 456b1e93
+# The seal of all that stands in no cell: b8f17d83
 """`nanolm.step`, derived in the book, where each line has its reason:
 
 - book/09b-step.md: A step without waiting
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanolm.flash import backward_into, flash_forward
+from nanolm.flash import backward_into, flash_forward, has_kernel, launch_forward
 from nanolm.fused import (
     adamw_row,
     add_rows,
@@ -78,7 +78,7 @@ def layers_of(tensors: dict[str, Tensor], n_layer: int) -> list[LayerWeights]:
     ]
 
 
-# %% book/09b-step.md, exported cell 3 (8f5b0dd0)
+# %% book/09b-step.md, exported cell 3 (1ea3e987)
 class Kept(NamedTuple):
     """What the way back needs of a layer."""
 
@@ -133,7 +133,8 @@ class Forward:
             qkv = y @ layer.qkv.T
             rotate(qkv.view(B, T, -1), cos, sin, c.n_head + c.n_kv_head)
             q, k, v = heads_of(qkv, B, c.head_dim).split(self.counts, 1)
-            out, lse = flash_forward(q, k, v, True, c.head_dim**-0.5)
+            attend = launch_forward if has_kernel(q) else flash_forward
+            out, lse = attend(q, k, v, True, c.head_dim**-0.5)
             added = out.transpose(1, 2).reshape(len(x), -1) @ layer.o_proj.T
             mid, z, mid_scale = norm(x, added, layer.mlp_norm, c.norm_eps)
             both = z @ layer.gate_up.T
@@ -148,7 +149,10 @@ class Forward:
             return linear_cross_entropy(y, self.embedding, targets.flatten())
 
 
-# %% book/09b-step.md, exported cell 4 (77748c4f)
+# %% book/09b-step.md, exported cell 4 (c27368ad)
+ALIVE = 2**30  # weights of words that may be alive at a time, 2 GB
+
+
 class Passes(Forward):
     """The forward and backward pass of a Transformer, written out."""
 
@@ -160,8 +164,8 @@ class Passes(Forward):
         set_product(place, above.T, layer_in, beta=1)
         return norm_back(above @ weight, x, scale, norm_weight, dx, parts)
 
-    def back(self, dx: Tensor, ids: Tensor, kept: list[Kept], parts: Tensor) -> None:
-        """From the gradient of the stream before the last norm to all the others."""
+    def back(self, dx: Tensor, ids: Tensor, kept: list[Kept], parts: Tensor) -> Tensor:
+        """From the gradient of the stream before the last norm to that of its first state."""
         c, B, rest = self.config, len(ids), iter(parts)
         for layer, place, was in zip(self.layers[::-1], self.places[::-1], kept[::-1], strict=True):
             mlp_out, d_both = gate_back(dx @ layer.down_proj, was.both)
@@ -177,16 +181,23 @@ class Passes(Forward):
             rotate(d_qkv.view(*ids.shape, -1), cos, sin, c.n_head + c.n_kv_head, -1.0)
             way = layer.qkv, place.qkv, was.attn_in, was.x, was.x_scale, layer.attn_norm
             dx = self.half_back(dx, d_qkv, *way, next(rest))
-        add_rows(self.place_of["embedding.weight"], ids.flatten(), dx)
+        return dx
 
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of targets (B, T) after ids (B, T); adds its gradients to the places."""
         y, x, scale, kept = self.there(ids)
         place = self.place_of["embedding.weight"]
-        loss, dy = loss_into(place, y, self.embedding, targets.flatten())
+        given, rows = (place, y, self.embedding, targets.flatten()), ALIVE // len(self.embedding)
+        beside = torch.cuda.Stream() if y.is_cuda else None
+        if beside:
+            beside.wait_stream(torch.cuda.current_stream())
+        loss, dy = loss_into(*given, rows=rows, beside=beside)
         parts = room_for_parts(x, 1 + 2 * len(kept))
         dx = norm_back(dy, x, scale, self.norm, None, parts[0])
-        self.back(dx, ids, kept, parts[1:])
+        dx = self.back(dx, ids, kept, parts[1:])
+        if beside:
+            torch.cuda.current_stream().wait_stream(beside)
+        add_rows(place, ids.flatten(), dx)
         norms = [self.place_of["norm.weight"]]
         norms += [p for place in self.places[::-1] for p in (place.mlp_norm, place.attn_norm)]
         torch._foreach_add_(norms, list(parts.sum(1)))

@@ -23,10 +23,13 @@ from nanolm.sample import SampleConfig, generate_ids
 GREEDY, DRAWN = SampleConfig(temperature=0.0), SampleConfig(seed=1)
 FILTERED = SampleConfig(top_k=50, top_p=0.9, seed=1)
 ONE = [Plan(8, BT=BT, num_warps=warps) for BT in (256, 512) for warps in (8, 16)]
-MANY = [Plan(2, BF=BF, num_warps=warps) for BF in (32, 64) for warps in (8, 16)]
-MANY += [Plan(2, BT=128, num_warps=16), Plan(1, num_warps=16)]
+ONE += [Plan(8, BT=128), Plan(8, BT=128, num_warps=4)]
+SOME = [Plan(4), Plan(4, BT=128, BF=64)]
+MANY = [Plan(2, BT=BT, num_warps=warps) for BT in (256, 128, 64) for warps in (8, 16)]
+MANY += [Plan(2, BT=128, num_warps=4), Plan(2, BT=128, BF=64)]
+MANY += [Plan(2, BT=128, BF=64, WORDS=words) for words in (32, 128)] + [Plan(1, num_warps=16)]
 MANY += [Plan(4, BT=BT, maxnreg=128) for BT in (128, 256)]
-SWEEP = [(plan, 1) for plan in ONE] + [(plan, 64) for plan in MANY]
+SWEEP = [(plan, B) for B, plans in ((1, ONE), (32, SOME), (64, MANY)) for plan in plans]
 
 
 def some_model():

@@ -422,15 +422,18 @@ def test_one_batch_is_learned_by_heart():
 
 
 def test_initialisation():
-    model = Transformer(dataclasses.replace(TINY, n_layer=8, d_model=128, d_ff=256))
+    shape = dataclasses.replace(TINY, n_layer=8, d_model=128, d_ff=256, residual_std=0.005)
+    model = Transformer(shape)
     for name, p in model.named_parameters():
         if p.dim() == 1:
             assert torch.equal(p, torch.ones_like(p)), name
         else:
             writes = "o_proj" in name or "down_proj" in name
             assert p.std().item() == pytest.approx(0.005 if writes else 0.02, rel=0.05), name
-    init_weights(model, 2)
-    assert model.blocks[0].mlp.down_proj.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    init_weights(model)
+    assert model.blocks[0].mlp.down_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    pocket = ModelConfig.preset("pocket")
+    assert pocket.residual_std == pytest.approx(pocket.init_std / 6**0.5)  # of three layers
 
 
 def test_state_dict_is_the_parameters_and_nothing_else():
