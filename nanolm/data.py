@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: d63ce51a
+# The seal of all that stands in no cell: d503c66b
 """`nanolm.data`, derived in the book, where each line has its reason:
 
 - book/02-data.md: The data
@@ -23,15 +23,27 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from copy import copy
 from functools import cache
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from nanolm.fastbpe import count_workers, encode_array, in_order
+from nanolm.fastbpe import (
+    SEPARATOR,
+    SPLITTERS,
+    TASK,
+    Part,
+    count_workers,
+    cut_file,
+    encode_array,
+    encode_part,
+    in_order,
+    read_part,
+)
 from nanolm.tokenizer import END_OF_TEXT, Tokenizer
 
 __all__ = [
@@ -561,11 +573,17 @@ def open_source(source: str) -> Iterator[str]:
     return fables(int(match[1] or FABLES), int(match[2] or 0))
 
 
-# %% book/02-data.md, exported cell 16 (b91c8ab8)
-def side(text: str, val_fraction: float) -> str:
+# %% book/02-data.md, exported cell 16 (e84a59b3)
+def side(text: str | bytes, val_fraction: float) -> str:
     """The split that a document belongs to, "train" or "val", by a hash of its text alone."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    digest = hashlib.sha256(data).digest()
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+
+
+def listed(sources: str | Sequence[str]) -> list[str]:
+    """The names of sources, of one or of several."""
+    return [sources] if isinstance(sources, str) else [str(source) for source in sources]
 
 
 def read_documents(
@@ -578,7 +596,7 @@ def read_documents(
     """
     if split not in (None, "train", "val") or not 0 <= val_fraction <= 1:
         raise ValueError("split must be None, 'train' or 'val', and val_fraction from 0 to 1")
-    names = [sources] if isinstance(sources, str) else [str(source) for source in sources]
+    names = listed(sources)
     if not names or "" in names:
         raise ValueError("no text to read: name at least one source, such as fables")
     opened = [(name, open_source(name)) for name in names]
@@ -597,7 +615,7 @@ def read_documents(
     return documents()
 
 
-# %% book/02-data.md, exported cell 17 (fe41bccc)
+# %% book/02-data.md, exported cell 17 (af065d9d)
 class Piece(NamedTuple):
     """Some documents of one split as ids, each closed by end-of-text, and their log-probability."""
 
@@ -606,50 +624,57 @@ class Piece(NamedTuple):
 
 
 def encode_documents(
-    texts: list[str], label: str, tokenizer: Tokenizer, val_fraction: float, weighed: bool
+    texts: list[str] | Part, label: str, tokenizer: Tokenizer, val_fraction: float, weighed: bool
 ) -> dict[str, Piece]:
     """Encode documents, each for the split `label` or, if that is empty, for the one it hashes to.
 
     Their log-probability (nats) is worked out if `weighed`: all of them are fables.
     """
-    found: dict[str, list[str]] = {"train": [], "val": []}
-    log_prob = {"train": 0.0, "val": 0.0}
-    for text in texts:
-        split = label or side(text, val_fraction)
-        found[split].append(text)
-        log_prob[split] += fable_log_prob(text) if weighed else math.nan
-    return {s: Piece(encode_array(tokenizer, mine), log_prob[s]) for s, mine in found.items()}
+    documents: Any = texts
+    if isinstance(texts, tuple):
+        data = read_part(*texts)
+        documents, ids = data.split(SEPARATOR)[:-1], encode_part(data, tokenizer)
+    else:
+        ids = encode_array(tokenizer, texts)
+    splits, log_prob = [label or side(text, val_fraction) for text in documents], [0.0, 0.0]
+    for text, split in zip(documents, splits, strict=True):
+        log_prob[split == "val"] += fable_log_prob(text) if weighed else math.nan
+    ends = np.flatnonzero(ids == tokenizer.end_of_text)
+    val = np.repeat([split == "val" for split in splits], np.diff(ends, prepend=-1))
+    return {"train": Piece(ids[~val], log_prob[0]), "val": Piece(ids[val], log_prob[1])}
 
 
-# %% book/02-data.md, exported cell 18 (29c54b79)
+# %% book/02-data.md, exported cell 18 (bad8f5b8)
 CHUNK = 1 << 20  # characters for one task of a worker
-FEW = 4  # chunks; for less it does not pay to start a process
+FEW = 4  # tasks; for less it does not pay to start a process
+DOCUMENT_CUT = re.compile(rb"[\r\n][ \t]*<\|endoftext\|>[ \t]*(?:\r\n?|\n)")  # after documents
 
 
-def cut_chunks(documents: Iterator[str], label: str) -> Iterator[tuple[list[str], str]]:
-    """Gather documents into tasks of about CHUNK characters."""
+def cut_sources(names: list[str], pattern: str, progress: bool) -> Iterator[list[str] | Part]:
+    """Tasks: parts of plain text files or, of other sources, documents of CHUNK characters."""
+    show: Any = dict(desc="encoding", disable=not progress)
+    if (files := plain_files(names)) and pattern in SPLITTERS:
+        for name in names:
+            next(read_documents(name))  # ValueError if there is no text in it
+        parts = [part for path in files for part in cut_file(path, DOCUMENT_CUT, TASK)]
+        yield from tqdm(parts, unit=" parts", **show)
+        return
     texts, size = [], 0
-    for text in documents:
+    for text in tqdm(read_documents(names), unit=" documents", **show):
         texts.append(text)
         size += len(text)
         if size >= CHUNK:
-            yield texts, label
+            yield texts
             texts, size = [], 0
     if texts:
-        yield texts, label
-
-
-@cache
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer once in each process."""
-    return Tokenizer.load(path)
+        yield texts
 
 
 def encode_chunk(
-    chunk: tuple[list[str], str], path: Path, val_fraction: float, weighed: bool
+    chunk: tuple[list[str] | Part, str], tokenizer: Tokenizer, val_fraction: float, weighed: bool
 ) -> dict[str, Piece]:
-    """What a worker does: `encode_documents` with the tokenizer saved at `path`."""
-    return encode_documents(*chunk, load_tokenizer(path), val_fraction, weighed)
+    """What a worker does: `encode_documents` of a task."""
+    return encode_documents(*chunk, tokenizer, val_fraction, weighed)
 
 
 # %% book/02-data.md, exported cell 19 (04a1fe1d)
@@ -719,7 +744,7 @@ def publish(part: Path, out: Path, descriptions: list[dict[str, Any]]) -> None:
         os.replace(path, out / path.name)
 
 
-# %% book/02-data.md, exported cell 21 (951a8f58)
+# %% book/02-data.md, exported cell 21 (341f2535)
 def write_shards(
     part: Path, pieces: Iterator[dict[str, Piece]], tokenizer: Tokenizer, shard_tokens: int
 ) -> list[dict[str, Any]]:
@@ -742,11 +767,10 @@ def write_shards(
 
 def is_fables(sources: str | Sequence[str]) -> bool:
     """Whether all the sources are fables, so that every document's probability is known."""
-    names = [sources] if isinstance(sources, str) else sources
-    return all(str(name).split(":")[0] == "fables" for name in names)
+    return all(name.split(":")[0] == "fables" for name in listed(sources))
 
 
-# %% book/02-data.md, exported cell 22 (82e02374)
+# %% book/02-data.md, exported cell 22 (71c1b736)
 def sweep(out: Path) -> None:
     """Remove the hidden folders of killed runs: those in which nothing changed for a day."""
     for part in out.glob(".part-*"):
@@ -783,21 +807,23 @@ def prepare(
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out}: this is a file; name a folder to write the tokens to")
     named = {"train": sources, "val": val_sources} if val_sources else {"": sources}
-    texts = {label: read_documents(names) for label, names in named.items()}
+    for names in named.values():
+        read_documents(names)  # what is wrong with a name is an error before anything is written
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=out))
     try:
         tokenizer.save(part / "tokenizer.json", compiled=True)
-        show: Any = dict(desc="encoding", unit=" documents", disable=not progress)
-        chunked = (cut_chunks(tqdm(text, **show), label) for label, text in texts.items())
         weighed = all(map(is_fables, named.values()))
-        chunks = chain.from_iterable(chunked)
-        shared = part / "tokenizer.json", val_fraction, weighed
+        chunks = (
+            (chunk, label)
+            for label, names in named.items()
+            for chunk in cut_sources(listed(names), tokenizer.pattern, progress)
+        )
+        shared = copy(tokenizer), val_fraction, weighed  # a copy: what it learns goes with it
         pieces = in_order(encode_chunk, chunks, processes, FEW, *shared)
         publish(part, out, write_shards(part, pieces, tokenizer, shard_tokens))
     finally:
-        load_tokenizer.cache_clear()
         shutil.rmtree(part, ignore_errors=True)
     return out
 

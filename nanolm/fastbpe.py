@@ -202,7 +202,7 @@ def gpt4_starts(classes: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return start[:count]
 
 
-# %% book/01b-fastbpe.md, exported cell 8 (fa374298)
+# %% book/01b-fastbpe.md, exported cell 8 (57a9edac)
 SPLITTERS = {GPT2_SPLIT: gpt2_starts, GPT4_SPLIT: gpt4_starts}  # the patterns that we know
 SEPARATOR = b"\xff"  # after each document: a byte that UTF-8 never uses
 
@@ -210,50 +210,61 @@ SEPARATOR = b"\xff"  # after each document: a byte that UTF-8 never uses
 def find_starts(block: bytes, pattern: str) -> np.ndarray:
     """Return where the words of a block begin (bytes): UTF-8, each document ended by SEPARATOR."""
     classes, starts = character_classes(pattern == GPT4_SPLIT), SPLITTERS[pattern]
-    if block.replace(SEPARATOR, b"").isascii():
-        table = classes[:255].tobytes() + bytes([MARK])
-        kinds = np.frombuffer(block.translate(table), np.uint8)
-        return np.flatnonzero(starts(kinds, np.frombuffer(block, np.uint8)))
+    codes = np.frombuffer(block, np.uint8)
+    wide = np.flatnonzero((codes > 127) & (codes < 255))  # bytes of characters that have several
+    if not len(wide) or pattern == GPT2_SPLIT and 8 * len(wide) < len(block):
+        raw = codes[wide]
+        text = raw.tobytes().decode().encode("utf-32-le")
+        kind = classes.take(np.frombuffer(text, "<u4"))
+        if kind.max(initial=0) < SPACE:
+            table = classes[:255].tobytes() + bytes([MARK])
+            kinds = np.frombuffer(bytearray(block.translate(table)), np.uint8)
+            kinds[wide] = kind.take(np.cumsum(raw >= 0xC0) - 1)
+            return np.flatnonzero(starts(kinds, codes))
     text = block.decode("utf-8", "surrogateescape").encode("utf-32-le", "surrogatepass")
     codes = np.frombuffer(text, "<u4")
     first_bytes = np.flatnonzero(np.frombuffer(block, np.int8) >= -64)  # not 10xxxxxx
     return first_bytes.take(np.flatnonzero(starts(classes.take(codes), codes)))
 
 
-# %% book/01b-fastbpe.md, exported cell 9 (2162c786)
-BLOCK = 1 << 21  # bytes
+# %% book/01b-fastbpe.md, exported cell 9 (4d10641e)
+STEP = 1 << 17  # bytes that are split at once
+BLOCK = 1 << 22  # bytes that are looked up at once
 
 
-def last_safe(block: bytes, starts: np.ndarray) -> int:
-    """Return the last word that no text after the block can change, by number; 0 if there is none.
+def last_safe(step: bytes, starts: np.ndarray) -> int:
+    """Return the last word that no text after the step can change, by number; 0 if there is none.
 
-    A word is safe if it begins with something visible and the block does not end right after.
+    A word is safe if it begins with something visible and the step does not end right after.
     """
     for i in range(len(starts) - 1, 0, -1):
         at = int(starts[i])
-        if at < len(block) - 8 and not block[at : at + 4].decode(errors="ignore")[:1].isspace():
+        if at < len(step) - 8 and not step[at : at + 4].decode(errors="ignore")[:1].isspace():
             return i
     return 0
 
 
-# %% book/01b-fastbpe.md, exported cell 10 (19f98e01)
+# %% book/01b-fastbpe.md, exported cell 10 (a87b7951)
 def cut_blocks(data: bytes, pattern: str) -> Iterator[tuple[bytes, np.ndarray]]:
     """Cut text into blocks of whole words; yields each with the starts of its words (bytes)."""
-    at, size = 0, BLOCK
+    begin, at, size, found = 0, 0, STEP, list[np.ndarray]()
     while at < len(data):
         end = min(at + size, len(data))
         while end < len(data) and data[end] & 0xC0 == 0x80:
             end -= 1  # not in the middle of a character
-        block = data[at:end]
-        starts = find_starts(block, pattern)
+        step = data[at:end]
+        starts = find_starts(step, pattern)
         if end < len(data):
-            safe = last_safe(block, starts)
+            safe = last_safe(step, starts)
             if not safe:
                 size *= 2  # a very long word
                 continue
-            block, starts = block[: starts[safe]], starts[:safe]
-        yield block, starts
-        at, size = at + len(block), BLOCK
+            end, starts = at + int(starts[safe]), starts[:safe]
+        found.append(starts + (at - begin))
+        at, size = end, STEP
+        if at - begin >= BLOCK or at == len(data):
+            yield data[begin:at], np.concatenate(found)
+            begin, found = at, []
 
 
 # %% book/01b-fastbpe.md, exported cell 11 (5aa8b357)
@@ -263,15 +274,15 @@ FILL = np.array([(1 << 64) - (1 << 8 * n) for n in range(9)], np.uint64)
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio (Knuth 1973, section 6.4)
 
 
-# %% book/01b-fastbpe.md, exported cell 12 (3a069c7e)
+# %% book/01b-fastbpe.md, exported cell 12 (5812114b)
 class WordTable:
     """Words as `width` 64-bit numbers each -> one int64; looked up many at a time.
 
     Open addressing: a word that finds its slot taken goes to the next one.
     """
 
-    def __init__(self, width: int, bits: int = 12) -> None:
-        self.words, self.bits = 0, bits
+    def __init__(self, width: int, bits: int = 12, room: int = 2) -> None:
+        self.words, self.bits, self.room = 0, bits, room  # slots for each word, at least
         self.keys = [np.full(1 << bits, EMPTY) for _ in range(width)]
         self.values = np.zeros(1 << bits, np.int64)
 
@@ -306,7 +317,7 @@ class WordTable:
 
     def insert(self, columns: list[np.ndarray], values: np.ndarray) -> None:
         """Add words, all different, none of which is there."""
-        if 2 * (self.words + len(values)) > len(self.values):
+        if self.room * (self.words + len(values)) > len(self.values):
             self.grow(len(values))
         slot, left = self.slots(columns), np.arange(len(values))
         while len(left):
@@ -326,9 +337,9 @@ class WordTable:
         return [key[there] for key in self.keys], self.values[there]
 
     def grow(self, more: int) -> None:
-        """Make room for `more` words: less than half of the slots will be taken."""
+        """Make room for `more` words."""
         (columns, values), words = self.items(), self.words + more
-        self.words, self.bits = 0, (2 * words).bit_length()
+        self.words, self.bits = 0, (self.room * words).bit_length()
         self.keys = [np.full(1 << self.bits, EMPTY) for _ in columns]
         self.values = np.zeros(1 << self.bits, np.int64)
         self.insert(columns, values)
@@ -350,12 +361,14 @@ def distinct(columns: list[np.ndarray]) -> list[np.ndarray]:
     return [column[new] for column in ordered]
 
 
-# %% book/01b-fastbpe.md, exported cell 14 (ac2fac87)
+# %% book/01b-fastbpe.md, exported cell 14 (78784327)
 class WordMap:
     """Words -> int64, block by block; what a new word is worth, a subclass says in `learn`."""
 
+    room = 2  # slots in a table for each word, at least
+
     def __init__(self) -> None:
-        self.tables = [WordTable(width) for width in WIDTHS]
+        self.tables = [WordTable(width, room=self.room) for width in WIDTHS]
         self.long: dict[bytes, int] = {}
 
     def learn(self, columns: list[np.ndarray]) -> np.ndarray:
@@ -371,7 +384,7 @@ class WordMap:
         lengths = np.diff(starts, append=len(block))
         padded = block + b"\xff" * LONGEST
         numbers = np.ndarray(len(block) + LONGEST - 7, "<u8", padded, 0, (1,))  # one at each byte
-        first = numbers.take(starts) | FILL.take(np.minimum(lengths, 8))
+        first = numbers[starts] | FILL.take(np.minimum(lengths, 8))
         big = np.flatnonzero(lengths > 8)
         first[big] = APART  # for now: any word that we know
         values, at, sizes = self.find(0, [first]), starts[big], lengths[big]
@@ -858,12 +871,14 @@ def mark_of(tokenizer: Tokenizer) -> int:
     return tokenizer.special_tokens.get(END_OF_TEXT, tokenizer.vocab_size)
 
 
-# %% book/01b-fastbpe.md, exported cell 29 (6a169a69)
+# %% book/01b-fastbpe.md, exported cell 29 (eca72fcc)
 class Encoder(WordMap):
     """Encodes documents, many words at a time. A word's value says where its ids are kept.
 
     `known` holds words known from the start, as `known_words` makes them.
     """
+
+    room = 4
 
     def __init__(self, tokenizer: Tokenizer, known: Mapping[str, np.ndarray] | None = None) -> None:
         self.tokenizer = tokenizer
@@ -871,7 +886,8 @@ class Encoder(WordMap):
         self.tokens = [tokenizer.token_bytes(i) for i in range(256 + len(tokenizer.merges))]
         self.sizes = [len(token) for token in self.tokens]
         self.pairs, self.known, self.lock = PairTable(tokenizer.merges), known or {}, Lock()
-        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
+        largest = max(self.mark, tokenizer.vocab_size - 1)
+        self.dtype = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
         self.sound = False
 
     def forget(self) -> None:
@@ -1132,7 +1148,7 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-# %% book/01b-fastbpe.md, exported cell 37 (5ecc6b21)
+# %% book/01b-fastbpe.md, exported cell 37 (fa513f17)
 PART = 1 << 23  # bytes for one task of a worker
 SAFE_CUT = re.compile(  # after a newline between two visible characters, the second of them not <
     rb"(?<![\x00-\x20])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\xaf])"
@@ -1150,13 +1166,13 @@ def size_of(path: Path) -> int:
     return size
 
 
-def cut_file(path: Path) -> Iterator[Part]:
-    """Cut a text file into parts that may be split into words one by one."""
+def cut_file(path: Path, cut: re.Pattern[bytes], part: int) -> Iterator[Part]:
+    """Cut a text file into parts of `part` bytes or a little more, each up to a match of `cut`."""
     begin, size = 0, size_of(path)
     with open(path, "rb") as file:
         while begin < size:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                match = SAFE_CUT.search(data, min(begin + PART, size))
+                match = cut.search(data, min(begin + part, size))
                 end = match.end() if match else size
             yield path, begin, end
             begin = end
@@ -1198,7 +1214,7 @@ def open_texts(texts: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
             yield text
 
 
-# %% book/01b-fastbpe.md, exported cell 40 (3c99cff1)
+# %% book/01b-fastbpe.md, exported cell 40 (2385f4d9)
 Texts = Iterable[str | os.PathLike[str]]
 
 
@@ -1207,7 +1223,7 @@ def cut_texts(texts: Texts, part: int = PART) -> Iterator[bytes | Part]:
     waiting, size = [], 0
     for text in texts:
         if isinstance(text, os.PathLike):
-            yield from cut_file(Path(text))
+            yield from cut_file(Path(text), SAFE_CUT, PART)
             continue
         waiting.append(well_formed(text).encode() + SEPARATOR)
         size += len(waiting[-1])
@@ -1293,7 +1309,10 @@ def save_known(tokenizer: Tokenizer, path: Path) -> None:
     write_known(path, tokenizer.fingerprint, know(tokenizer) or own_words(tokenizer))
 
 
-# %% book/01b-fastbpe.md, exported cell 45 (a9cf7f2d)
+# %% book/01b-fastbpe.md, exported cell 45 (77d16b8e)
+TASK = 3 << 20  # bytes of documents, or a little more, for one task of a worker
+
+
 def encode_part(data: bytes, tokenizer: Tokenizer) -> np.ndarray:
     """What a worker does: encode documents, each ended by SEPARATOR; see `Encoder.encode`."""
     tokenizer._bulk = tokenizer._bulk or Encoder(tokenizer, know(tokenizer))
@@ -1305,8 +1324,8 @@ def encode_parts(
 ) -> Iterator[np.ndarray]:
     """The ids of texts, each closed by the id `mark_of(tokenizer)`, in arrays of a few million."""
     check_texts(texts)
-    tasks = cut_texts(map(well_formed, texts), BLOCK)  # which refuses what is not a string
-    return in_order(encode_part, tasks, count_workers(workers), 6, tokenizer)
+    tasks = cut_texts(map(well_formed, texts), TASK)  # which refuses what is not a string
+    return in_order(encode_part, tasks, count_workers(workers), 4, tokenizer)
 
 
 def encode_texts(

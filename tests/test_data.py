@@ -32,7 +32,7 @@ from nanolm.data import (
     prepare,
     read_documents,
 )
-from nanolm.tokenizer import END_OF_TEXT, Tokenizer
+from nanolm.tokenizer import END_OF_TEXT, GPT2_SPLIT, GPT4_SPLIT, Tokenizer
 
 BYTES = Tokenizer([])  # every byte is a token: 257 ids
 
@@ -498,6 +498,64 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, monkeypatch):
         for n in (1, 2, 3)
     ]
     assert found[0] == found[1] == found[2] and len(found[0]) > 6
+
+
+ENDINGS = [
+    f"\n{END_OF_TEXT}\n",
+    f"\n \t{END_OF_TEXT} \t\n\n\n",
+    f"\r\n{END_OF_TEXT}\r\n",
+    f"\r{END_OF_TEXT}\r",
+    f"\n{END_OF_TEXT}\n{END_OF_TEXT}\n",
+]
+
+
+def large_text(path: Path) -> list[str]:
+    """Write more than a megabyte of documents in a plain text file; returns them."""
+    odd = ["狐は\n時計を見た。", f"x {END_OF_TEXT}\n{END_OF_TEXT} y", "\u3000\n ", "a\r\nb", "\n\n"]
+    texts = [*fables(1200), *odd, *fables(900, 1)]
+    ends = [ENDINGS[i % len(ENDINGS)] for i in range(len(texts) - 1)]
+    whole = "".join(map("".join, zip(texts, [*ends, ""], strict=True)))
+    path.write_bytes(b"\xef\xbb\xbf" + whole.encode())
+    assert d.plain_files([str(path)]) == [path]
+    return list(read_documents(str(path)))
+
+
+@pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT, r"\w+|\W+"])
+@pytest.mark.parametrize("task", [1000, 3 << 20])
+def test_a_plain_file_becomes_what_its_documents_become(tmp_path, monkeypatch, pattern, task):
+    monkeypatch.setattr(d, "TASK", task)
+    texts = large_text(tmp_path / "a.txt")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(lines)
+    tokenizer = Tokenizer.train(texts[:300], 600, pattern=pattern, workers=1)
+    options = dict(shard_tokens=100_000, val_fraction=0.2)
+    rows = prepare(str(tmp_path / "a.jsonl"), tmp_path / "rows", tokenizer, workers=1, **options)
+    for n in (1, 2, 3):
+        out = prepare(str(tmp_path / "a.txt"), tmp_path / str(n), tokenizer, workers=n, **options)
+        assert folder_bytes(out) == folder_bytes(rows)
+    assert TokenData(out, "train").meta["documents"] > 1000
+    both = prepare(
+        [tmp_path / "a.txt"], tmp_path / "both", tokenizer, val_sources=["fables:9"], workers=2
+    )
+    assert TokenData(both, "train").meta["documents"] == len(texts)
+    assert TokenData(both, "val").meta["documents"] == 9
+
+
+def test_what_is_wrong_with_a_plain_file_is_one_line(tmp_path):
+    large_text(tmp_path / "a.txt")
+    (tmp_path / "blank.txt").write_text("\n" * (2 << 20))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * (1 << 19))
+    for name, said in [("blank", "there is no text in it"), ("latin", "not UTF-8 text")]:
+        with pytest.raises(ValueError, match=rf"{name}\.txt: {said}") as error:
+            prepare([tmp_path / "a.txt", tmp_path / f"{name}.txt"], tmp_path / "out", BYTES)
+        one_line(error)
+        assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_prepared_text_leaves_the_tokenizer_as_it_was(tmp_path):
+    tokenizer = Tokenizer.train(fables(50), 400, workers=1)
+    prepare("fables:60", tmp_path, tokenizer, workers=1)
+    assert tokenizer._bulk is None  # else all that was learnt would stay in memory
 
 
 def test_workers_do_not_run_the_callers_script_again(tmp_path):

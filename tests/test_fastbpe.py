@@ -112,17 +112,21 @@ def test_every_code_point_has_the_class_that_regex_gives_it():
 
 @both
 @settings(max_examples=600)
-@given(st.lists(tangled, min_size=1, max_size=3), st.sampled_from([16, 40, 1 << 21]))
-def test_words_are_those_of_the_pattern(pattern, texts, size):
+@given(
+    st.lists(tangled, min_size=1, max_size=3),
+    st.sampled_from([(16, 1), (16, 50), (40, 1 << 22), (1 << 17, 1 << 22)]),
+)
+def test_words_are_those_of_the_pattern(pattern, texts, sizes):
     data = b"".join(text.encode() + fast.SEPARATOR for text in texts)
     expected = []
     for text in texts:
         expected += [word.encode() for word in regex.findall(pattern, text)] + [fast.SEPARATOR]
-    kept, fast.BLOCK = fast.BLOCK, size
+    kept = fast.STEP, fast.BLOCK
+    fast.STEP, fast.BLOCK = sizes
     try:
         assert words_of(data, pattern) == expected
     finally:
-        fast.BLOCK = kept
+        fast.STEP, fast.BLOCK = kept
 
 
 @both
@@ -133,6 +137,19 @@ def test_words_around_every_code_point(pattern):
         data = text.encode() + fast.SEPARATOR
         expected = [word.encode() for word in regex.findall(pattern, text)]
         assert words_of(data, pattern)[:-1] == expected
+
+
+@both
+def test_words_around_a_few_wide_characters(pattern, monkeypatch):
+    """Where nearly all is ASCII, the others are looked up alone; white space among them or not."""
+    monkeypatch.setattr(fast, "STEP", 1500)
+    points = [chr(i) for i in range(0x80, 0x30000, 7) if not 0xD800 <= i < 0xE000]
+    points += [c for c in map(chr, range(0x80, 0x3100)) if c.isspace()]
+    random.Random(0).shuffle(points)
+    plain = " plain words, 12 of them, don't end here"
+    text = "".join(f"a{c}!{c} {c}1'{c}\n{c}{c} '{c}s{plain * 4}" for c in points)
+    expected = [word.encode() for word in regex.findall(pattern, text)]
+    assert words_of(text.encode() + fast.SEPARATOR, pattern)[:-1] == expected
 
 
 @both
@@ -520,7 +537,7 @@ def test_a_tokenizer_without_an_end_of_text():
 
 
 def test_workers_encode_the_same(trained, monkeypatch):
-    monkeypatch.setattr(fast, "BLOCK", 20_000)
+    monkeypatch.setattr(fast, "TASK", 20_000)
     texts = [*TEXTS, *kinds_of_text()] * 2
     assert trained.encode_batch(texts, workers=2) == trained.encode_batch(texts)
     assert np.array_equal(
@@ -590,7 +607,7 @@ from nanolm.tokenizer import Tokenizer
 import nanolm.fastbpe as f
 
 def work(queue):
-    f.BLOCK = 1000
+    f.TASK = 1000
     queue.put(len(Tokenizer([]).encode_batch(["the fox "] * 2000, workers=2)))
 
 if __name__ == "__main__":
@@ -607,7 +624,7 @@ import nanolm.fastbpe as f
 class Mine:
     pass
 
-f.BLOCK, main, failed = 1000, sys.modules["__main__"], []
+f.TASK, main, failed = 1000, sys.modules["__main__"], []
 print("the main program runs")
 
 def encode():
@@ -639,6 +656,7 @@ def test_workers_of_a_script(code, expected, tmp_path):
 def test_what_is_forgotten_is_learnt_again(trained, monkeypatch):
     monkeypatch.setattr(fast, "POOL", 500)
     monkeypatch.setattr(fast, "BLOCK", 5000)
+    monkeypatch.setattr(fast, "STEP", 5000)
     fresh = Tokenizer(trained.merges, pattern=trained.pattern)
     for text in TEXTS * 2:
         assert fresh.encode(text) == textbook_ids(fresh, text)
