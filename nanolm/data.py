@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: d503c66b
+# The seal of all that stands in no cell: e9da0fac
 """`nanolm.data`, derived in the book, where each line has its reason:
 
 - book/02-data.md: The data
@@ -21,9 +21,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from copy import copy
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -36,7 +35,6 @@ from nanolm.fastbpe import (
     SEPARATOR,
     SPLITTERS,
     TASK,
-    Part,
     count_workers,
     cut_file,
     encode_array,
@@ -573,7 +571,10 @@ def open_source(source: str) -> Iterator[str]:
     return fables(int(match[1] or FABLES), int(match[2] or 0))
 
 
-# %% book/02-data.md, exported cell 16 (e84a59b3)
+# %% book/02-data.md, exported cell 16 (dacd63d4)
+Names = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]  # of one source or of several
+
+
 def side(text: str | bytes, val_fraction: float) -> str:
     """The split that a document belongs to, "train" or "val", by a hash of its text alone."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
@@ -581,13 +582,16 @@ def side(text: str | bytes, val_fraction: float) -> str:
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
-def listed(sources: str | Sequence[str]) -> list[str]:
-    """The names of sources, of one or of several."""
-    return [sources] if isinstance(sources, str) else [str(source) for source in sources]
+def listed(sources: Names) -> list[str]:
+    """The names of sources, of one or of several; ValueError for what is no name."""
+    given = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    if wrong := [source for source in given if not isinstance(source, str | os.PathLike)]:
+        raise ValueError(f"a source is a name or a path, not {wrong[0]!r}")
+    return [os.fspath(source) for source in given]
 
 
 def read_documents(
-    sources: str | Sequence[str], *, split: str | None = None, val_fraction: float = 0.05
+    sources: Names, *, split: str | None = None, val_fraction: float = 0.05
 ) -> Iterator[str]:
     """Yield the documents of `sources`, or those of one split, one at a time.
 
@@ -615,7 +619,7 @@ def read_documents(
     return documents()
 
 
-# %% book/02-data.md, exported cell 17 (af065d9d)
+# %% book/02-data.md, exported cell 17 (6f3e650b)
 class Piece(NamedTuple):
     """Some documents of one split as ids, each closed by end-of-text, and their log-probability."""
 
@@ -624,15 +628,16 @@ class Piece(NamedTuple):
 
 
 def encode_documents(
-    texts: list[str] | Part, label: str, tokenizer: Tokenizer, val_fraction: float, weighed: bool
+    texts: list[Any], label: str, tokenizer: Tokenizer, val_fraction: float, weighed: bool
 ) -> dict[str, Piece]:
     """Encode documents, each for the split `label` or, if that is empty, for the one it hashes to.
 
-    Their log-probability (nats) is worked out if `weighed`: all of them are fables.
+    `texts` are documents, or parts of files. Their log-probability (nats) is worked out if
+    `weighed`: all of them are fables.
     """
     documents: Any = texts
-    if isinstance(texts, tuple):
-        data = read_part(*texts)
+    if isinstance(texts[0], tuple):
+        data = b"".join(read_part(*part) for part in texts)
         documents, ids = data.split(SEPARATOR)[:-1], encode_part(data, tokenizer)
     else:
         ids = encode_array(tokenizer, texts)
@@ -640,38 +645,45 @@ def encode_documents(
     for text, split in zip(documents, splits, strict=True):
         log_prob[split == "val"] += fable_log_prob(text) if weighed else math.nan
     ends = np.flatnonzero(ids == tokenizer.end_of_text)
-    val = np.repeat([split == "val" for split in splits], np.diff(ends, prepend=-1))
+    held = np.array([split == "val" for split in splits], bool)
+    val = np.repeat(held, np.diff(ends, prepend=-1))
     return {"train": Piece(ids[~val], log_prob[0]), "val": Piece(ids[val], log_prob[1])}
 
 
-# %% book/02-data.md, exported cell 18 (bad8f5b8)
+# %% book/02-data.md, exported cell 18 (7e2c0f62)
 CHUNK = 1 << 20  # characters for one task of a worker
 FEW = 4  # tasks; for less it does not pay to start a process
 DOCUMENT_CUT = re.compile(rb"[\r\n][ \t]*<\|endoftext\|>[ \t]*(?:\r\n?|\n)")  # after documents
 
 
-def cut_sources(names: list[str], pattern: str, progress: bool) -> Iterator[list[str] | Part]:
-    """Tasks: parts of plain text files or, of other sources, documents of CHUNK characters."""
+def bunches(items: Iterable[Any], size_of: Callable[[Any], int], most: int) -> Iterator[list[Any]]:
+    """Gather items until their sizes add up to `most`, or more by the last of them."""
+    bunch, size = [], 0
+    for item in items:
+        bunch.append(item)
+        size += size_of(item)
+        if size >= most:
+            yield bunch
+            bunch, size = [], 0
+    if bunch:
+        yield bunch
+
+
+def cut_sources(names: list[str], pattern: str, progress: bool) -> Iterator[list[Any]]:
+    """Tasks: parts of plain text files, or documents of all other sources."""
     show: Any = dict(desc="encoding", disable=not progress)
     if (files := plain_files(names)) and pattern in SPLITTERS:
         for name in names:
             next(read_documents(name))  # ValueError if there is no text in it
         parts = [part for path in files for part in cut_file(path, DOCUMENT_CUT, TASK)]
-        yield from tqdm(parts, unit=" parts", **show)
-        return
-    texts, size = [], 0
-    for text in tqdm(read_documents(names), unit=" documents", **show):
-        texts.append(text)
-        size += len(text)
-        if size >= CHUNK:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
+        yield from bunches(tqdm(parts, unit=" parts", **show), lambda part: part[2] - part[1], TASK)
+    else:
+        documents = tqdm(read_documents(names), unit=" documents", **show)
+        yield from bunches(documents, len, CHUNK)
 
 
 def encode_chunk(
-    chunk: tuple[list[str] | Part, str], tokenizer: Tokenizer, val_fraction: float, weighed: bool
+    chunk: tuple[list[Any], str], tokenizer: Tokenizer, val_fraction: float, weighed: bool
 ) -> dict[str, Piece]:
     """What a worker does: `encode_documents` of a task."""
     return encode_documents(*chunk, tokenizer, val_fraction, weighed)
@@ -744,7 +756,7 @@ def publish(part: Path, out: Path, descriptions: list[dict[str, Any]]) -> None:
         os.replace(path, out / path.name)
 
 
-# %% book/02-data.md, exported cell 21 (341f2535)
+# %% book/02-data.md, exported cell 21 (f54d530a)
 def write_shards(
     part: Path, pieces: Iterator[dict[str, Piece]], tokenizer: Tokenizer, shard_tokens: int
 ) -> list[dict[str, Any]]:
@@ -765,12 +777,12 @@ def write_shards(
     return found["train"] + found["val"]
 
 
-def is_fables(sources: str | Sequence[str]) -> bool:
+def is_fables(sources: Names) -> bool:
     """Whether all the sources are fables, so that every document's probability is known."""
     return all(name.split(":")[0] == "fables" for name in listed(sources))
 
 
-# %% book/02-data.md, exported cell 22 (71c1b736)
+# %% book/02-data.md, exported cell 22 (db7f6b4f)
 def sweep(out: Path) -> None:
     """Remove the hidden folders of killed runs: those in which nothing changed for a day."""
     for part in out.glob(".part-*"):
@@ -781,11 +793,11 @@ def sweep(out: Path) -> None:
 
 
 def prepare(
-    sources: str | Sequence[str],
+    sources: Names,
     out: str | os.PathLike[str],
     tokenizer: Tokenizer,
     *,
-    val_sources: str | Sequence[str] = (),
+    val_sources: Names = (),
     val_fraction: float = 0.05,
     workers: int | None = None,
     shard_tokens: int = 100_000_000,
@@ -806,7 +818,8 @@ def prepare(
     processes, out = count_workers(workers), Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out}: this is a file; name a folder to write the tokens to")
-    named = {"train": sources, "val": val_sources} if val_sources else {"": sources}
+    given = {"train": sources, "val": val_sources} if val_sources else {"": sources}
+    named = {label: listed(names) for label, names in given.items()}
     for names in named.values():
         read_documents(names)  # what is wrong with a name is an error before anything is written
     out.mkdir(parents=True, exist_ok=True)
@@ -818,9 +831,9 @@ def prepare(
         chunks = (
             (chunk, label)
             for label, names in named.items()
-            for chunk in cut_sources(listed(names), tokenizer.pattern, progress)
+            for chunk in cut_sources(names, tokenizer.pattern, progress)
         )
-        shared = copy(tokenizer), val_fraction, weighed  # a copy: what it learns goes with it
+        shared = Tokenizer.load(part / "tokenizer.json"), val_fraction, weighed  # with its words
         pieces = in_order(encode_chunk, chunks, processes, FEW, *shared)
         publish(part, out, write_shards(part, pieces, tokenizer, shard_tokens))
     finally:

@@ -812,7 +812,7 @@ class Decoder:
         return ids
 
 
-# %% book/11b-decode.md, exported cell 12 (3cb150b3)
+# %% book/11b-decode.md, exported cell 12 (7299fa37)
 AT_ONCE = 64  # steps in a recording
 
 
@@ -851,9 +851,7 @@ def decode(
         calls = 1 if stop_ids else max(min(*left, room) // n, 1)  # until a text can end
         found = torch.cat([model.steps(n) for _ in range(calls)], 1).tolist()
         texts = busy.items()
-        over = [
-            row for row, j in texts if accept(done[j], found[row], config.max_tokens, stop_ids)
-        ]
+        over = [row for row, j in texts if accept(done[j], found[row], config.max_tokens, stop_ids)]
         if over:
             model.free(over)
             busy = {row: j for row, j in texts if row not in over}

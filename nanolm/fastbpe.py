@@ -177,7 +177,7 @@ def start_white(start: np.ndarray, classes: np.ndarray, run: np.ndarray, end: np
     start[end[letter | space & (following[end] == OTHER)]] = False  # that is letters, or signs
 
 
-# %% book/01b-fastbpe.md, exported cell 7 (b6eedcb6)
+# %% book/01b-fastbpe.md, exported cell 7 (cd10873b)
 def gpt4_starts(classes: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Whether a word of GPT-4's pattern starts at each character; else as `gpt2_starts`."""
     count, group = len(classes), np.minimum(classes, SPACE)  # all white space alike
@@ -194,10 +194,9 @@ def gpt4_starts(classes: np.ndarray, codes: np.ndarray) -> np.ndarray:
     letters = end.take(np.flatnonzero(single))
     start[letters] = False  # one sign goes with the letters after it, unless with a space
     digit = np.flatnonzero(kind == DIGIT)
-    digits, more = run.take(digit), (end - run).take(digit)
-    for k in range(1, 1 + int(more.max(initial=0) - 1) // 3):  # digits go by threes
-        digits, more = digits[more > 3 * k], more[more > 3 * k]
-        start[digits + 3 * k] = True
+    more = ((end - run).take(digit) - 1) // 3  # starts in a run after its first: by threes
+    k = np.arange(1, 1 + more.sum()) - np.repeat(np.cumsum(more) - more, more)
+    start[np.repeat(run.take(digit), more) + 3 * k] = True
     mark_endings(start, codes, fold=True)
     return start[:count]
 
@@ -227,7 +226,7 @@ def find_starts(block: bytes, pattern: str) -> np.ndarray:
     return first_bytes.take(np.flatnonzero(starts(classes.take(codes), codes)))
 
 
-# %% book/01b-fastbpe.md, exported cell 9 (4d10641e)
+# %% book/01b-fastbpe.md, exported cell 9 (ed214615)
 STEP = 1 << 17  # bytes that are split at once
 BLOCK = 1 << 22  # bytes that are looked up at once
 
@@ -235,11 +234,13 @@ BLOCK = 1 << 22  # bytes that are looked up at once
 def last_safe(step: bytes, starts: np.ndarray) -> int:
     """Return the last word that no text after the step can change, by number; 0 if there is none.
 
-    A word is safe if it begins with something visible and the step does not end right after.
+    A word is safe if it begins with something visible, or that after a space, and the step does not
+    end right after.
     """
     for i in range(len(starts) - 1, 0, -1):
         at = int(starts[i])
-        if at < len(step) - 8 and not step[at : at + 4].decode(errors="ignore")[:1].isspace():
+        shown = step[at + (step[at] == 32) : at + 5].decode(errors="ignore")[:1]
+        if at < len(step) - 8 and not shown.isspace():
             return i
     return 0
 
@@ -1309,7 +1310,7 @@ def save_known(tokenizer: Tokenizer, path: Path) -> None:
     write_known(path, tokenizer.fingerprint, know(tokenizer) or own_words(tokenizer))
 
 
-# %% book/01b-fastbpe.md, exported cell 45 (77d16b8e)
+# %% book/01b-fastbpe.md, exported cell 45 (880199d4)
 TASK = 3 << 20  # bytes of documents, or a little more, for one task of a worker
 
 
@@ -1322,7 +1323,7 @@ def encode_part(data: bytes, tokenizer: Tokenizer) -> np.ndarray:
 def encode_parts(
     tokenizer: Tokenizer, texts: Iterable[str], workers: int | None = 1
 ) -> Iterator[np.ndarray]:
-    """The ids of texts, each closed by the id `mark_of(tokenizer)`, in arrays of a few million."""
+    """The ids of texts, each closed by the id `mark_of(tokenizer)`, in arrays, one a task."""
     check_texts(texts)
     tasks = cut_texts(map(well_formed, texts), TASK)  # which refuses what is not a string
     return in_order(encode_part, tasks, count_workers(workers), 4, tokenizer)

@@ -412,16 +412,36 @@ def loss_boxes(tiles: LossTiles, part: int, *tensors: Tensor) -> list[Any]:
     ]
 
 
-# %% book/07-loss.md, exported cell 7 (576bddb2)
+# %% book/07-loss.md, exported cell 7 (da1ca75b)
+class Beside:
+    """A second stream on the current device, which begins after all that was launched so far.
+
+    `held` keeps what its work reads from being given to others, until they are joined.
+    """
+
+    def __init__(self) -> None:
+        self.stream, self.held = torch.cuda.Stream(), list[Tensor]()
+        self.follow()
+
+    def follow(self) -> None:
+        """What comes next on it waits for what was launched on the current stream."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+
+    def join(self) -> None:
+        """What comes next on the current stream waits for what was launched on this one."""
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.held.clear()
+
+
 def launch_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grads: bool,
     tiles: LossTiles | None = None, rows: int = 0, splits: int = 0,
-    place: Tensor | None = None, beside: torch.cuda.Stream | None = None,
+    place: Tensor | None = None, beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What `loss_by_chunks` computes, by the kernels, `rows` at a time. hidden is bfloat16.
 
-    The gradient of weight is added to `place`, if there is one, float32 like weight; on the stream
-    `beside`, if there is one.
+    The gradient of weight is added to `place`, if there is one, float32 like weight; and if
+    there is a `beside`, there.
     """
     if interpreting():
         repair_bfloat16()
@@ -433,7 +453,7 @@ def launch_loss(
 def launch_here(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grads: bool,
     tiles: LossTiles | None, rows: int, splits: int, place: Tensor | None,
-    beside: torch.cuda.Stream | None,
+    beside: Beside | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`launch_loss`, on the current device."""
     (N, D), V = hidden.shape, len(weight)
@@ -464,7 +484,7 @@ def launch_here(
         n, grid = len(x), triton.cdiv(min(rows, N - i), tiles.ROWS)
         sizes = n, V
         if beside and i:
-            torch.cuda.current_stream().wait_stream(beside)  # the room is in use
+            beside.join()  # the room is in use
         if at_once:
             weigh_at_once(x, narrow, g, room, sums, per)
         else:
@@ -478,17 +498,15 @@ def launch_here(
             set_product(d_rows[:n], room[:n, :V], narrow)
             torch.mul(d_rows[:n], scale[:n, None], out=d_hidden[i : i + n])
             if beside:
-                beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
+                beside.follow()
+                beside.held += [room, scaled]
+            with torch.cuda.stream(beside.stream if beside else None):
                 beta = int(place is not None or i > 0)
                 set_product(d_weight, room[:n, :V].T, scaled[:n], beta=beta)
-    if beside:
-        for x in (room, scaled):
-            x.record_stream(beside)
     return losses.sum() * share, d_hidden, d_weight
 
 
-# %% book/07-loss.md, exported cell 8 (adb55745)
+# %% book/07-loss.md, exported cell 8 (bc0cb062)
 def has_loss_kernel(hidden: Tensor) -> bool:
     """Whether the kernels can take states like hidden (N, D): GPU, Triton, type and width."""
     return (
@@ -513,12 +531,12 @@ def check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
 
 def loss_into(
     place: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100,
-    *, rows: int = 0, beside: torch.cuda.Stream | None = None,
+    *, rows: int = 0, beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mean loss and its gradient by hidden (N, D); that by weight is added to place (V, D).
 
-    On a GPU: `rows` at a time (0: few enough for little memory); and place is complete once the
-    stream `beside` is, if there is one.
+    On a GPU: `rows` at a time (0: few enough for little memory); and with a `beside`, place is
+    complete once that is joined.
     """
     if not (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
         check_targets(targets, len(weight), ignore_index)

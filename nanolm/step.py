@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: b8f17d83
+# The seal of all that stands in no cell: 7a8df8ba
 """`nanolm.step`, derived in the book, where each line has its reason:
 
 - book/09b-step.md: A step without waiting
@@ -25,7 +25,7 @@ from nanolm.fused import (
     room_for_parts,
     rotate,
 )
-from nanolm.loss import linear_cross_entropy, loss_into, set_product
+from nanolm.loss import Beside, linear_cross_entropy, loss_into, set_product
 from nanolm.model import ModelConfig, Transformer
 from nanolm.optim import AdamW
 
@@ -149,7 +149,7 @@ class Forward:
             return linear_cross_entropy(y, self.embedding, targets.flatten())
 
 
-# %% book/09b-step.md, exported cell 4 (c27368ad)
+# %% book/09b-step.md, exported cell 4 (51516dd4)
 ALIVE = 2**30  # weights of words that may be alive at a time, 2 GB
 
 
@@ -188,15 +188,13 @@ class Passes(Forward):
         y, x, scale, kept = self.there(ids)
         place = self.place_of["embedding.weight"]
         given, rows = (place, y, self.embedding, targets.flatten()), ALIVE // len(self.embedding)
-        beside = torch.cuda.Stream() if y.is_cuda else None
-        if beside:
-            beside.wait_stream(torch.cuda.current_stream())
+        beside = Beside() if y.is_cuda else None
         loss, dy = loss_into(*given, rows=rows, beside=beside)
         parts = room_for_parts(x, 1 + 2 * len(kept))
         dx = norm_back(dy, x, scale, self.norm, None, parts[0])
         dx = self.back(dx, ids, kept, parts[1:])
         if beside:
-            torch.cuda.current_stream().wait_stream(beside)
+            beside.join()
         add_rows(place, ids.flatten(), dx)
         norms = [self.place_of["norm.weight"]]
         norms += [p for place in self.places[::-1] for p in (place.mlp_norm, place.attn_norm)]

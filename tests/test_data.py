@@ -541,6 +541,44 @@ def test_a_plain_file_becomes_what_its_documents_become(tmp_path, monkeypatch, p
     assert TokenData(both, "val").meta["documents"] == 9
 
 
+@pytest.mark.parametrize("task", [1, 3 << 20])
+def test_files_and_parts_without_a_document_are_passed_over(tmp_path, monkeypatch, task):
+    monkeypatch.setattr(d, "TASK", task)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    texts = large_text(folder / "a.txt")
+    (folder / "b.txt").write_text("\n")
+    (folder / "c.txt").write_text(f"{END_OF_TEXT}\n" * 9 + "the end\n")
+    (folder / "d.txt").touch()
+    out = prepare(folder, tmp_path / "out", BYTES, workers=1)
+    found = [TokenData(out, split).meta["documents"] for split in ("train", "val")]
+    assert sum(found) == len(texts) + 1
+    assert list(read_documents(folder)) == [*texts, "the end"]
+
+
+def test_small_files_share_a_task(tmp_path):
+    for i, text in enumerate(fables(3000)):
+        (tmp_path / f"{i:04}.txt").write_text(text)
+    tasks = list(d.cut_sources([str(tmp_path)], GPT2_SPLIT, False))
+    assert len(tasks) == 1 and len(tasks[0]) == 3000
+
+
+@pytest.mark.parametrize("wrong", [b"a.txt", [3], ["fables", None]])
+def test_a_source_is_a_name_or_a_path(tmp_path, wrong):
+    for call in (lambda: read_documents(wrong), lambda: prepare(wrong, tmp_path / "o", BYTES)):
+        with pytest.raises(ValueError, match="a source is a name or a path, not") as error:
+            call()
+        one_line(error)
+
+
+def test_sources_may_come_one_by_one(tmp_path):
+    names = ["fables:9", "fables:9:1"]
+    given = (name for name in names)
+    out = prepare(given, tmp_path / "out", BYTES, val_fraction=0.3, workers=1)
+    both = [TokenData(out, split).meta["documents"] for split in ("train", "val")]
+    assert sum(both) == 18
+
+
 def test_what_is_wrong_with_a_plain_file_is_one_line(tmp_path):
     large_text(tmp_path / "a.txt")
     (tmp_path / "blank.txt").write_text("\n" * (2 << 20))

@@ -152,6 +152,14 @@ def test_words_around_a_few_wide_characters(pattern, monkeypatch):
     assert words_of(text.encode() + fast.SEPARATOR, pattern)[:-1] == expected
 
 
+def test_a_text_without_signs_is_cut_at_its_spaces():
+    """Steps must not grow for want of a word that begins with something visible."""
+    data = ("a quick brown fox jumps over lazy dogs " * 30_000).encode()
+    step = data[: fast.STEP]
+    starts = fast.find_starts(step, GPT2_SPLIT)
+    assert len(starts) - fast.last_safe(step, starts) < 9
+
+
 @both
 @settings(max_examples=400)
 @given(st.text(st.characters(max_codepoint=127), max_size=60))

@@ -21,6 +21,7 @@ from nanolm.interpret import SHARED, checked, has_triton, interpreting, poisoned
 from nanolm.loss import (
     HOPPER_TILES,
     OTHER_TILES,
+    Beside,
     LossTiles,
     launch_loss,
     linear_cross_entropy,
@@ -159,6 +160,34 @@ def test_the_same_bits_every_time(tiles):
     given = some(200, 300, 32)
     one, two = (by_kernels(*given, tiles=tiles, rows=128) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+class NoStream(Beside):
+    """Stands in for a second stream, and notes what is asked of it."""
+
+    def __init__(self):
+        self.stream, self.held, self.asked = None, [], []
+
+    def follow(self):
+        self.asked.append("follow")
+
+    def join(self):
+        self.asked.append("join")
+        self.held.clear()
+
+
+@with_kernels
+def test_a_gradient_is_added_to_its_place_beside_or_not():
+    hidden, weight, targets = some(300, 90, 32)
+    plain = launch_loss(hidden, weight, targets, IGNORE, True, SMALL, rows=128)
+    for beside in (None, NoStream()):
+        place = torch.ones(90, 32, device=hidden.device)
+        options = {"rows": 128, "place": place, "beside": beside}
+        loss, d_hidden, _ = launch_loss(hidden, weight, targets, IGNORE, True, SMALL, **options)
+        assert torch.equal(loss, plain[0]) and torch.equal(d_hidden, plain[1])
+        assert torch.allclose(place - 1, plain[2], atol=1e-6)
+    assert beside.asked == ["follow", "join", "follow", "join", "follow"]  # nobody waits at the end
+    assert beside.held  # until it is joined
 
 
 @with_kernels

@@ -344,6 +344,24 @@ def test_on_a_gpu_in_bfloat16_the_gradients_are_as_near_as_pytorchs(shape):
 
 
 @on_gpu
+@pytest.mark.parametrize("alive", [2**18, 2**30])
+def test_a_product_beside_the_way_back_gives_the_same_bits(monkeypatch, alive):
+    monkeypatch.setattr(step_module, "ALIVE", alive)  # several chunks, and one
+    config = ModelConfig(vocab_size=2000, n_layer=3, max_seq_len=80)
+    torch.manual_seed(0)
+    model, ids = Transformer(config).cuda(), torch.randint(2000, (2, 8, 81), device="cuda")
+    micro = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids]
+    found = []
+    for beside in (step_module.Beside, lambda: None):
+        monkeypatch.setattr(step_module, "Beside", beside)
+        one = copy.deepcopy(model)
+        step = GraphedStep(one, AdamW(decay_groups(one, 0.1), lr=1e-3), grad_accum=2)
+        losses = [step(micro)[0] for _ in range(5)]
+        found.append(torch.cat([*map(torch.atleast_1d, losses), one.embedding.weight.flatten()]))
+    assert torch.equal(*found)
+
+
+@on_gpu
 def test_the_same_bits_if_they_are_asked_for(monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     torch.use_deterministic_algorithms(True)
