@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: a5b062a8
+# The seal of all that stands in no cell: 24928d55
 """`nanolm.decode`, derived in the book, where each line has its reason:
 
 - book/11b-decode.md: Tokens as fast as they come
@@ -20,7 +20,13 @@ from torch.nn import functional as F
 from nanolm.flash import LOG2_E
 from nanolm.interpret import has_triton, interpreting, repair_bfloat16, tl, triton
 from nanolm.model import KVCache, ModelConfig, Transformer
-from nanolm.sample import GREEDY_BELOW, SampleConfig, repetition_penalty, sample_logits
+from nanolm.sample import (
+    GREEDY_BELOW,
+    SampleConfig,
+    check_prompt,
+    repetition_penalty,
+    sample_logits,
+)
 from nanolm.step import Forward, heads_of, record, side_by_side
 
 __all__ = [
@@ -540,7 +546,7 @@ def settle_kernel(BEST, WORD, STATE, IDS, steps, B, T, TILES: tl.constexpr, BTIL
             tl.store(STATE + b * 4 + 2, drawn + i + 1)
 
 
-# %% book/11b-decode.md, exported cell 10 (eea760bc)
+# %% book/11b-decode.md, exported cell 10 (b3f417d9)
 def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << (n - 1).bit_length()
@@ -622,7 +628,6 @@ class Kernels:
         self.hidden = self.weight.new_zeros(B, c.d_model)
         self.logits = torch.zeros(B, vocab_size, **there)
         self.replays: dict[tuple[int, bool], Any] = {}
-        self.met, self.readings = set[torch.Size](), dict[torch.Size, Any]()
 
     def start(
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int],
@@ -648,20 +653,6 @@ class Kernels:
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (L, B, H_kv, T, D) of ids (B, T), which nothing precedes."""
-        shape, few = ids.shape, len(self.readings) < 8 and ids.numel() <= 2048
-        if few and shape in self.met and ids.is_cuda and shape not in self.readings:
-            place = ids.clone()
-            self.readings[shape] = place, *record(lambda: self.read_now(place))
-        self.met.add(shape)
-        if shape not in self.readings:
-            return self.read_now(ids)
-        place, graph, found = self.readings[shape]
-        place.copy_(ids)
-        graph.replay()
-        return found
-
-    def read_now(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What `read` gives, launched one by one."""
         rows = [was.qkv for was in self.passes.there(ids)[3]]
         heads = [heads_of(qkv, len(ids), self.config.head_dim) for qkv in rows]
         _, keys, values = zip(*(x.split(self.passes.counts, 1) for x in heads), strict=True)
@@ -724,7 +715,7 @@ class Kernels:
             )  # fmt: skip
 
 
-# %% book/11b-decode.md, exported cell 11 (ecc23aa0)
+# %% book/11b-decode.md, exported cell 11 (548a79e2)
 class Decoder:
     """Continues up to batch_size texts side by side, on memory allocated once.
 
@@ -770,7 +761,8 @@ class Decoder:
         if longest:
             padded = torch.tensor([[*ids[:-1], *[0] * (longest - len(ids) + 1)] for ids in prompts])
             where = torch.tensor(rows, device=self.device)
-            keys, values = self.engine.read(padded.to(self.device))
+            with torch.cuda.device_of(self.cache.keys):
+                keys, values = self.engine.read(padded.to(self.device))
             self.cache.keys[:, where, :, :longest] = keys
             self.cache.values[:, where, :, :longest] = values
         for row, ids in zip(rows, prompts, strict=True):
@@ -812,7 +804,7 @@ class Decoder:
         return ids
 
 
-# %% book/11b-decode.md, exported cell 12 (7299fa37)
+# %% book/11b-decode.md, exported cell 12 (c1552e48)
 AT_ONCE = 64  # steps in a recording
 
 
@@ -829,10 +821,12 @@ def decode(
     Prompt number j is drawn with seed + j, if there is a seed. On a CPU the ids are those of
     `generate_ids`. A model decodes up to 64 texts at a time; give a `Decoder` to keep one, or for
     another number. Past max_seq_len the window slides as there. `config.stop` is for texts, and
-    does nothing here. Raises ValueError for a bad prompt, and for logits that are not finite.
+    does nothing here. Raises ValueError as `check_prompt` does, and for logits that are not finite.
     """
     if isinstance(model, Transformer):
         model = Decoder(model, max(min(len(prompts), 64), 1), vocab_size=vocab_size)
+    for ids in prompts:
+        check_prompt(model.model, ids, config, stop_ids)
     done: list[list[int]] = [[] for _ in prompts]
     waiting = list(range(len(prompts)))[::-1] if config.max_tokens else []
     busy: dict[int, int] = {}

@@ -412,15 +412,15 @@ def loss_boxes(tiles: LossTiles, part: int, *tensors: Tensor) -> list[Any]:
     ]
 
 
-# %% book/07-loss.md, exported cell 7 (da1ca75b)
+# %% book/07-loss.md, exported cell 7 (5a7cec98)
 class Beside:
-    """A second stream on the current device, which begins after all that was launched so far.
+    """Work on a second stream, which begins after all that was launched on the current one so far.
 
     `held` keeps what its work reads from being given to others, until they are joined.
     """
 
-    def __init__(self) -> None:
-        self.stream, self.held = torch.cuda.Stream(), list[Tensor]()
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream, self.held = stream, list[Tensor]()
         self.follow()
 
     def follow(self) -> None:

@@ -187,13 +187,13 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# %% book/05-transformer.md, exported cell 2 (01005538)
+# %% book/05-transformer.md, exported cell 2 (26446493)
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},  # the defaults of ModelConfig: 10.36M parameters
     "pocket": dict(  # 0.77M parameters: learns on a laptop's CPU in minutes
         vocab_size=1400, n_layer=3, n_head=4, n_kv_head=2, d_model=128, d_ff=384, max_seq_len=256
     )
-    | dict(init_std=0.09, residual_std=0.09 / math.sqrt(2 * 3)),
+    | dict(init_std=0.09, residual_std=0.0),
 }
 
 
@@ -212,7 +212,8 @@ class ModelConfig:
     norm_eps: float = field(default=1e-5, metadata={"help": "added to the mean square in RMSNorm"})
     init_std: float = field(default=0.02, metadata={"help": "deviation of the initial weights"})
     residual_std: float = field(
-        default=0.02, metadata={"help": "the same, of the two that write to the residual stream"}
+        default=0.02,
+        metadata={"help": "the same for o_proj and down_proj (0: init_std / sqrt(2 n_layer))"},
     )
 
     def __post_init__(self) -> None:
@@ -222,7 +223,7 @@ class ModelConfig:
             if type(value) is not int and (counts or type(value) is not float):
                 kind = "a whole number" if counts else "a number"
                 raise ValueError(f"{option.name} must be {kind}, not {value!r}")
-            if not 0 < value < math.inf:
+            if not 0 < value < math.inf and (option.name, value) != ("residual_std", 0.0):
                 raise ValueError(f"{option.name} must be positive and finite, not {value}")
         for whole, part in (("d_model", "n_head"), ("n_head", "n_kv_head")):
             a, b = getattr(self, whole), getattr(self, part)
@@ -262,8 +263,8 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-# %% book/05-transformer.md, exported cell 4 (65175bd9)
-def init_weights(model: nn.Module, std: float = 0.02, residual_std: float = 0.02) -> None:
+# %% book/05-transformer.md, exported cell 4 (edb69b24)
+def init_weights(model: nn.Module, std: float, residual_std: float) -> None:
     """Draw every matrix from a normal of deviation `std`; norms stay 1.
 
     The two projections of a layer that add to the residual stream get `residual_std`: with
@@ -275,7 +276,7 @@ def init_weights(model: nn.Module, std: float = 0.02, residual_std: float = 0.02
             nn.init.normal_(weight, std=residual_std if writes else std)
 
 
-# %% book/05-transformer.md, exported cell 5 (0782e30f)
+# %% book/05-transformer.md, exported cell 5 (b1a8eae1)
 class Transformer(nn.Module):
     """A decoder-only language model whose head is its embedding (Press and Wolf 2017).
 
@@ -289,7 +290,8 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        init_weights(self, config.init_std, config.residual_std)
+        by_the_rule = config.init_std / math.sqrt(2 * config.n_layer)
+        init_weights(self, config.init_std, config.residual_std or by_the_rule)
         self.build_tables()
 
     def build_tables(self) -> None:

@@ -149,12 +149,14 @@ class Forward:
             return linear_cross_entropy(y, self.embedding, targets.flatten())
 
 
-# %% book/09b-step.md, exported cell 4 (51516dd4)
+# %% book/09b-step.md, exported cell 4 (1d3231f5)
 ALIVE = 2**30  # weights of words that may be alive at a time, 2 GB
 
 
 class Passes(Forward):
     """The forward and backward pass of a Transformer, written out."""
+
+    second: torch.cuda.Stream | None = None  # for what may run beside
 
     def half_back(
         self, dx: Tensor, above: Tensor, weight: Tensor, place: Tensor, layer_in: Tensor,
@@ -188,7 +190,9 @@ class Passes(Forward):
         y, x, scale, kept = self.there(ids)
         place = self.place_of["embedding.weight"]
         given, rows = (place, y, self.embedding, targets.flatten()), ALIVE // len(self.embedding)
-        beside = Beside() if y.is_cuda else None
+        if y.is_cuda and self.second is None:
+            self.second = torch.cuda.Stream()
+        beside = Beside(self.second) if self.second else None
         loss, dy = loss_into(*given, rows=rows, beside=beside)
         parts = room_for_parts(x, 1 + 2 * len(kept))
         dx = norm_back(dy, x, scale, self.norm, None, parts[0])

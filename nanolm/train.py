@@ -470,7 +470,7 @@ def report(run: Run, say: Log, stopping: bool) -> str:
     return line + more
 
 
-# %% book/09-train.md, exported cell 17 (99c514a3)
+# %% book/09-train.md, exported cell 17 (b1c727fd)
 FIXED = ("data", "val_data", "val_fraction", "tokenizer", "batch_size", "seed")
 
 
@@ -484,8 +484,9 @@ def check_resume(
     old_model, old = load_run(run)
     size = min(model_config.vocab_size, old_model.vocab_size)  # it may have been cut to fit
     new = asdict(config) | asdict(replace(model_config, vocab_size=size))
+    births = {"init_std", "residual_std"}  # which mean nothing any more
     for name, value in (asdict(old_model) | {name: getattr(old, name) for name in FIXED}).items():
-        if new[name] != value:
+        if new[name] != value and name not in births:
             raise ValueError(f"cannot resume {run}: its {name} is {value!r}, not {new[name]!r}")
     step = old.grad_accum * read_json(run / "config.json").get("processes", 1)
     share, given = step // team.size, config.grad_accum

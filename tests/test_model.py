@@ -430,10 +430,11 @@ def test_initialisation():
         else:
             writes = "o_proj" in name or "down_proj" in name
             assert p.std().item() == pytest.approx(0.005 if writes else 0.02, rel=0.05), name
-    init_weights(model)
-    assert model.blocks[0].mlp.down_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    pocket = ModelConfig.preset("pocket")
-    assert pocket.residual_std == pytest.approx(pocket.init_std / 6**0.5)  # of three layers
+    init_weights(model, 0.03, 0.04)
+    assert model.blocks[0].mlp.down_proj.weight.std().item() == pytest.approx(0.04, rel=0.05)
+    assert model.blocks[0].mlp.up_proj.weight.std().item() == pytest.approx(0.03, rel=0.05)
+    ruled = Transformer(dataclasses.replace(shape, residual_std=0.0))
+    assert ruled.blocks[0].attn.o_proj.weight.std().item() == pytest.approx(0.005, rel=0.05)
 
 
 def test_state_dict_is_the_parameters_and_nothing_else():

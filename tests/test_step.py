@@ -352,7 +352,7 @@ def test_a_product_beside_the_way_back_gives_the_same_bits(monkeypatch, alive):
     model, ids = Transformer(config).cuda(), torch.randint(2000, (2, 8, 81), device="cuda")
     micro = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids]
     found = []
-    for beside in (step_module.Beside, lambda: None):
+    for beside in (step_module.Beside, lambda stream: None):
         monkeypatch.setattr(step_module, "Beside", beside)
         one = copy.deepcopy(model)
         step = GraphedStep(one, AdamW(decay_groups(one, 0.1), lr=1e-3), grad_accum=2)
