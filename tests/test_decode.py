@@ -164,13 +164,20 @@ def test_the_global_state_is_not_touched():
 
 @pytest.mark.parametrize(
     "prompts, word",
-    [([[]], "1 to 24"), ([[1] * 25], "1 to 24"), ([[1], [61]], "0..60"), ([[-1]], "0..60")],
+    [([[]], "1 to 24"), ([[1] * 25], "1 to 24"), ([[1], [61]], "0 to 60"), ([[-1]], "0 to 60")],
 )
 def test_bad_prompts(prompts, word):
     decoder = Decoder(some_model(), 2)
     with pytest.raises(ValueError, match=word):
         decode(decoder, prompts, GREEDY)
+    with pytest.raises(ValueError):
+        decoder.put(range(len(prompts)), prompts, [GREEDY] * len(prompts))
     assert decoder.lengths == [-1, -1], "a refused prompt changes nothing"
+
+
+def test_an_end_that_cannot_come_is_an_error():
+    with pytest.raises(ValueError, match="unknown stop token 61"):
+        decode(some_model(), [[1]], GREEDY, stop_ids=[5, 61])
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"vocab_size": 62}, {"vocab_size": -1}])
