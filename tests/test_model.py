@@ -324,6 +324,7 @@ def test_config_fields_explain_themselves_and_are_frozen():
         ({"norm_eps": float("nan")}, "norm_eps must be positive and finite, not nan"),
         ({"rope_theta": 0.0}, "rope_theta must be positive"),
         ({"init_std": float("inf")}, "init_std must be positive and finite, not inf"),
+        ({"residual_std": -0.1}, "residual_std must be positive and finite, not -0.1"),
         ({"n_layer": 2.5}, "n_layer must be a whole number, not 2.5"),
         ({"vocab_size": True}, "vocab_size must be a whole number, not True"),
         ({"d_model": "256"}, "d_model must be a whole number, not '256'"),

@@ -863,6 +863,17 @@ def test_equal_bits_on_a_gpu(config, how):
     assert_same_run(train(MODEL, plan, resume=True, log=quiet), run)
 
 
+def test_how_the_weights_began_is_not_asked_at_a_resume(config, whole):
+    with pytest.raises(Crash):
+        train(MODEL, config, log=crash_at(18))
+    path = Path(config.runs_dir) / config.name / "config.json"
+    old = json.loads(path.read_text())
+    del old["model"]["residual_std"]  # as runs had it before there was the option
+    path.write_text(json.dumps(old))
+    model = replace(MODEL, init_std=0.5, residual_std=0.0)
+    assert_same_run(train(model, config, resume=True, log=quiet), whole)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(config):
     run = train(MODEL, replace(config, device="cuda"), log=quiet)
