@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: e2494684
+# The seal of all that stands in no cell: 7f9155bf
 """`nanolm.fused`, derived in the book, where each line has its reason:
 
 - book/07b-fused.md: Between the products
@@ -18,7 +18,7 @@ from nanolm.interpret import has_triton, interpreting, repair_bfloat16, tl, trit
 __all__ = []
 
 
-# %% book/07b-fused.md, exported cell 1 (e12ed4f0)
+# %% book/07b-fused.md, exported cell 1 (1ecd3dc9)
 def plain_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def plain_norm_back(
 ) -> Tensor:
     """The gradient of x (N, C) through its norm, plus `beside`; that of the weight to parts[0]."""
     g, unit = grad.to(scale.dtype), x * scale[:, None]
-    parts[0] = (g * unit).sum(0)
+    parts[0], parts[1:] = (g * unit).sum(0), 0.0
     g = g * weight
     dx = (g - unit * (g * unit).mean(-1, keepdim=True)) * scale[:, None]
     return (dx if beside is None else dx + beside).to(x.dtype)
@@ -104,7 +104,7 @@ def norm_back_kernel(
     tl.store(PARTS + tl.program_id(0) * C + c, tl.sum(parts, 0))
 
 
-# %% book/07b-fused.md, exported cell 3 (12c57f61)
+# %% book/07b-fused.md, exported cell 3 (8a506439)
 def has_fused(width: int, *tensors: Tensor | None) -> bool:
     """Whether the kernels of this chapter can take these tensors, with rows of such a width."""
     return (
@@ -160,7 +160,7 @@ def room_for_parts(x: Tensor, count: int) -> Tensor:
     fused = has_fused(x.size(1), x) or interpreting()
     programs = -(-len(x) // SHARE) if fused else 1
     kind = torch.promote_types(x.dtype, torch.float32)
-    return x.new_zeros(count, programs, x.size(1), dtype=kind)
+    return x.new_empty(count, programs, x.size(1), dtype=kind)
 
 
 def norm(
@@ -297,7 +297,7 @@ def gate_back(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
     return way(grad, both)
 
 
-# %% book/07b-fused.md, exported cell 6 (349a978a)
+# %% book/07b-fused.md, exported cell 6 (fb9babe8)
 @triton.jit
 def runs_kernel(
     GRAD, ORDER, WORDS, PARTS, PLACE, N, V,
@@ -353,18 +353,95 @@ def launch_add_rows(place: Tensor, words: Tensor, order: Tensor, grad: Tensor) -
     join_kernel[(programs,)](words, parts, place, N, len(place), C, ROWS, num_warps=1)
 
 
-def add_rows(place: Tensor, ids: Tensor, grad: Tensor) -> None:
+def by_word(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The words of ids (N), ascending, and where each of them stands."""
+    return torch.sort(ids.int(), stable=True)
+
+
+def add_rows(
+    place: Tensor, ids: Tensor, grad: Tensor, known: tuple[Tensor, Tensor] | None = None
+) -> None:
     """place[ids[n]] += grad[n]: place (V, C), ids (N), grad (N, C).
 
     By the kernels, in one order; what they cannot take goes to PyTorch, and on a GPU in any order.
+    `known` is what `by_word` gives for ids, if somebody has asked already.
     """
     if has_fused(grad.size(1), grad):
-        launch_add_rows(place, *torch.sort(ids.int(), stable=True), grad)
+        launch_add_rows(place, *(known or by_word(ids)), grad)
     else:
         place.index_add_(0, ids, grad.to(place.dtype))
 
 
-# %% book/07b-fused.md, exported cell 7 (db3cb411)
+# %% book/07b-fused.md, exported cell 7 (5e6aa374)
+def plain_clip(
+    grads: list[Tensor], loss: Tensor, good: Tensor, count: int, limit: float, latch: bool
+) -> tuple[Tensor, Tensor]:
+    """The joint length of sums of `count` gradients over count; what to multiply the sums with.
+
+    `good`, a scalar, becomes whether that and the loss are finite; with `latch`, and it was True.
+    """
+    norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm() / count
+    now = (loss + norm).isfinite()
+    good.copy_(now & good if latch else now)
+    return norm, (limit / (norm + 1e-6)).clamp(max=1.0) / count
+
+
+@triton.jit
+def squares_kernel(X, PARTS, N, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """The sum of the squares of BLOCK * TILES numbers."""
+    i = tl.program_id(0).to(tl.int64) * (BLOCK * TILES) + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for t in tl.static_range(TILES):
+        x = tl.load(X + i + t * BLOCK, mask=i + t * BLOCK < N, other=0.0)
+        total += x * x
+    tl.store(PARTS + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def clip_kernel(
+    PARTS, LOSS, GOOD, NORM, SCALE, N, count, limit, LATCH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`plain_clip`, from the N parts of the sum of squares."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(0, N, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(PARTS + i, mask=i < N, other=0.0)
+    norm = tl.sqrt(tl.sum(total, 0)) / count
+    good = tl.abs(tl.load(LOSS) + norm) < float("inf")
+    if LATCH:
+        good = good & (tl.load(GOOD) != 0)
+    tl.store(GOOD, good)
+    tl.store(NORM, norm)
+    tl.store(SCALE, tl.minimum(limit / (norm + 1e-6), 1.0) / count)
+
+
+def launch_clip(
+    grads: list[Tensor], loss: Tensor, good: Tensor, count: int, limit: float, latch: bool
+) -> tuple[Tensor, Tensor]:
+    """What `plain_clip` does, by the kernels."""
+    known = {"BLOCK": 1024, "TILES": 8}
+    sizes = [triton.cdiv(len(grad), 8192) for grad in grads]
+    parts = loss.new_empty(sum(sizes))
+    for grad, part in zip(grads, parts.split(sizes), strict=True):
+        squares_kernel[(len(part),)](grad, part, len(grad), **known)
+    norm, scale = parts.new_empty(2).unbind()
+    clip_kernel[(1,)](parts, loss, good, norm, scale, len(parts), count, limit, latch, BLOCK=1024)
+    return norm, scale
+
+
+def clip(
+    grads: list[Tensor], loss: Tensor, good: Tensor, count: int, limit: float, latch: bool
+) -> tuple[Tensor, Tensor]:
+    """The joint length of rows of gradients, float32, and what to multiply them with.
+
+    They are sums of `count` gradients: the length is that of their mean, and it becomes at most
+    `limit`. See `plain_clip`.
+    """
+    way = launch_clip if loss.is_cuda and has_triton() else plain_clip
+    return way(grads, loss, good, count, limit, latch)
+
+
+# %% book/07b-fused.md, exported cell 8 (db3cb411)
 def plain_adamw(
     weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor, grad: Tensor, scale: Tensor,
     hyper: Tensor, good: Tensor, betas: tuple[float, float], eps: float, weight_decay: float,

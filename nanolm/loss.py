@@ -81,7 +81,7 @@ def loss_by_chunks(
     return loss * share, d_hidden, d_weight.mul_(share)
 
 
-# %% book/07-loss.md, exported cell 2 (6f718e37)
+# %% book/07-loss.md, exported cell 2 (ec6272b3)
 @triton.jit
 def load_part(
     X, n, d, length, D: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, BOX: tl.constexpr
@@ -105,11 +105,18 @@ def load_targets(TARGETS, row, N, V, IGNORE):
 
 @triton.jit
 def guess_kernel(
-    X, W, TARGETS, GUESS, N, V, IGNORE, D: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr
-):
-    """The score of each row's target, to base 2; plus infinity where there is none."""
+    X, W, TARGETS, GUESS, COUNTS, N, V, IGNORE,
+    D: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The score of each row's target, to base 2; plus infinity where there is none.
+
+    And the number of those that count; not a number if one is no word.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t, real = load_targets(TARGETS, row, N, V, IGNORE)
+    ignored = tl.load(TARGETS + row, mask=row < N, other=IGNORE) == IGNORE
+    counts = tl.where(ignored, 0.0, tl.where(real, 1.0, float("nan")))
+    tl.store(COUNTS + tl.program_id(0), tl.sum(counts, 0))
     g = tl.zeros((ROWS,), tl.float32)
     for d in tl.range(0, D, PART):
         x = load_part(X, tl.program_id(0) * ROWS, d, N, D, PART, ROWS, False)
@@ -176,7 +183,7 @@ def weigh_kernel(
     tl.store(SUMS + tl.program_id(1) * N + row, total, mask=row < N)
 
 
-# %% book/07-loss.md, exported cell 4 (9be45abe)
+# %% book/07-loss.md, exported cell 4 (f08fd98a)
 @triton.jit
 def careful_sums(
     X, W, x, m, N, V,
@@ -239,6 +246,15 @@ def settle_kernel(
             scaled = load_part(X, m, d, N, D, PART, ROWS, False).to(tl.float32) * scale[:, None]
             at = SCALED + row.to(tl.int64)[:, None] * D + (d + tl.arange(0, PART))[None, :]
             tl.store(at, scaled.to(SCALED.dtype.element_ty), mask=(row < N)[:, None])
+
+
+@triton.jit
+def scale_kernel(X, SCALE, OUT, N, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows of X (N, D), each times its factor."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = i // D < N
+    x = tl.load(X + i, mask=here, other=0.0) * tl.load(SCALE + i // D, mask=here, other=0.0)
+    tl.store(OUT + i, x.to(OUT.dtype.element_ty), mask=here)
 
 
 # %% book/07-loss.md, exported cell 5 (db1b0f43)
@@ -412,7 +428,7 @@ def loss_boxes(tiles: LossTiles, part: int, *tensors: Tensor) -> list[Any]:
     ]
 
 
-# %% book/07-loss.md, exported cell 7 (5a7cec98)
+# %% book/07-loss.md, exported cell 7 (b05470bf)
 class Beside:
     """Work on a second stream, which begins after all that was launched on the current one so far.
 
@@ -436,23 +452,23 @@ class Beside:
 def launch_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grads: bool,
     tiles: LossTiles | None = None, rows: int = 0, splits: int = 0,
-    place: Tensor | None = None, beside: Beside | None = None,
+    place: Tensor | None = None, beta: int = 1, beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What `loss_by_chunks` computes, by the kernels, `rows` at a time. hidden is bfloat16.
 
-    The gradient of weight is added to `place`, if there is one, float32 like weight; and if
-    there is a `beside`, there.
+    The gradient of weight is added to `beta` (0 or 1) times `place`, if there is one, float32
+    like weight; and if there is a `beside`, there.
     """
     if interpreting():
         repair_bfloat16()
     given = hidden, weight, targets, ignore_index, grads
     with torch.cuda.device_of(hidden):  # which need not be the current one
-        return launch_here(*given, tiles, rows, splits, place, beside)
+        return launch_here(*given, tiles, rows, splits, place, beta, beside)
 
 
 def launch_here(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, grads: bool,
-    tiles: LossTiles | None, rows: int, splits: int, place: Tensor | None,
+    tiles: LossTiles | None, rows: int, splits: int, place: Tensor | None, beta: int,
     beside: Beside | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`launch_loss`, on the current device."""
@@ -462,11 +478,12 @@ def launch_here(
     tiles, part = tiles or chosen, part_of(D)
     known = {"D": D, "PART": part, "STORE": grads} | tiles._asdict()
     hidden, narrow, targets = map(solid, (hidden, weight.to(hidden.dtype), targets))
-    share = share_of_one(targets, V, ignore_index)
     guess, losses, scale = hidden.new_empty(3, N, dtype=torch.float32)
-    guess_kernel[(triton.cdiv(N, 32),)](
-        hidden, narrow, targets, guess, N, V, ignore_index, D=D, PART=part, ROWS=32
+    counts = guess.new_empty(triton.cdiv(N, 32))
+    guess_kernel[(len(counts),)](
+        hidden, narrow, targets, guess, counts, N, V, ignore_index, D=D, PART=part, ROWS=32
     )
+    share = counts.sum().reciprocal()
     whole = triton.cdiv(N, tiles.ROWS) * tiles.ROWS
     rows = triton.cdiv(rows or max(WEIGHTS // V, 1), tiles.ROWS) * tiles.ROWS  # of whole tiles
     rows = min(rows, whole) if grads else whole
@@ -496,17 +513,17 @@ def launch_here(
         )  # fmt: skip
         if grads:
             set_product(d_rows[:n], room[:n, :V], narrow)
-            torch.mul(d_rows[:n], scale[:n, None], out=d_hidden[i : i + n])
+            scale_kernel[(triton.cdiv(n * D, 1024),)](d_rows, scale, d_hidden[i:], n, D, 1024)
             if beside:
                 beside.follow()
                 beside.held += [room, scaled]
             with torch.cuda.stream(beside.stream if beside else None):
-                beta = int(place is not None or i > 0)
-                set_product(d_weight, room[:n, :V].T, scaled[:n], beta=beta)
+                adds = int(i > 0 or (place is not None and beta > 0))
+                set_product(d_weight, room[:n, :V].T, scaled[:n], beta=adds)
     return losses.sum() * share, d_hidden, d_weight
 
 
-# %% book/07-loss.md, exported cell 8 (bc0cb062)
+# %% book/07-loss.md, exported cell 8 (b8f934e9)
 def has_loss_kernel(hidden: Tensor) -> bool:
     """Whether the kernels can take states like hidden (N, D): GPU, Triton, type and width."""
     return (
@@ -531,20 +548,20 @@ def check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
 
 def loss_into(
     place: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100,
-    *, rows: int = 0, beside: Beside | None = None,
+    *, beta: int = 1, rows: int = 0, beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mean loss and its gradient by hidden (N, D); that by weight is added to place (V, D).
 
-    On a GPU: `rows` at a time (0: few enough for little memory); and with a `beside`, place is
-    complete once that is joined.
+    Or put there, with a `beta` of 0. On a GPU: `rows` at a time (0: few enough for little memory);
+    and with a `beside`, place is complete once that is joined.
     """
     if not (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
         check_targets(targets, len(weight), ignore_index)
     given = hidden, weight, targets, ignore_index, True
     if has_loss_kernel(hidden):
-        return launch_loss(*given, rows=rows, place=place, beside=beside)[:2]
+        return launch_loss(*given, rows=rows, place=place, beta=beta, beside=beside)[:2]
     loss, d_hidden, d_weight = loss_by_chunks(*given)
-    place += d_weight
+    place.copy_(place + d_weight if beta else d_weight)
     return loss, d_hidden
 
 

@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 7a8df8ba
+# The seal of all that stands in no cell: 07d07679
 """`nanolm.step`, derived in the book, where each line has its reason:
 
 - book/09b-step.md: A step without waiting
@@ -18,6 +18,8 @@ from nanolm.flash import backward_into, flash_forward, has_kernel, launch_forwar
 from nanolm.fused import (
     adamw_row,
     add_rows,
+    by_word,
+    clip,
     gate,
     gate_back,
     norm,
@@ -149,7 +151,7 @@ class Forward:
             return linear_cross_entropy(y, self.embedding, targets.flatten())
 
 
-# %% book/09b-step.md, exported cell 4 (1d3231f5)
+# %% book/09b-step.md, exported cell 4 (224ffe36)
 ALIVE = 2**30  # weights of words that may be alive at a time, 2 GB
 
 
@@ -158,23 +160,25 @@ class Passes(Forward):
 
     second: torch.cuda.Stream | None = None  # for what may run beside
 
+    beta = 1  # what the places hold counts so many times
+
     def half_back(
         self, dx: Tensor, above: Tensor, weight: Tensor, place: Tensor, layer_in: Tensor,
         x: Tensor, scale: Tensor, norm_weight: Tensor, parts: Tensor,
     ) -> Tensor:  # fmt: skip
         """Through a half layer's first product and norm; `above` is the product's gradient."""
-        set_product(place, above.T, layer_in, beta=1)
+        set_product(place, above.T, layer_in, self.beta)
         return norm_back(above @ weight, x, scale, norm_weight, dx, parts)
 
     def back(self, dx: Tensor, ids: Tensor, kept: list[Kept], parts: Tensor) -> Tensor:
         """From the gradient of the stream before the last norm to that of its first state."""
-        c, B, rest = self.config, len(ids), iter(parts)
+        c, B, rest, beta = self.config, len(ids), iter(parts), self.beta
         for layer, place, was in zip(self.layers[::-1], self.places[::-1], kept[::-1], strict=True):
             mlp_out, d_both = gate_back(dx @ layer.down_proj, was.both)
-            set_product(place.down_proj, dx.T, mlp_out, beta=1)
+            set_product(place.down_proj, dx.T, mlp_out, beta)
             way = layer.gate_up, place.gate_up, was.mlp_in, was.mid, was.mid_scale, layer.mlp_norm
             dx = self.half_back(dx, d_both, *way, next(rest))
-            set_product(place.o_proj, dx.T, was.out.transpose(1, 2).reshape(len(dx), -1), beta=1)
+            set_product(place.o_proj, dx.T, was.out.transpose(1, 2).reshape(len(dx), -1), beta)
             d_out, d_qkv = heads_of(dx @ layer.o_proj, B, c.head_dim), torch.empty_like(was.qkv)
             rooms = heads_of(d_qkv, B, c.head_dim).split(self.counts, 1)
             q, k, v = heads_of(was.qkv, B, c.head_dim).split(self.counts, 1)
@@ -185,35 +189,43 @@ class Passes(Forward):
             dx = self.half_back(dx, d_qkv, *way, next(rest))
         return dx
 
-    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of targets (B, T) after ids (B, T); adds its gradients to the places."""
+    def norms_back(self, parts: Tensor) -> None:
+        """The gradients of the norms' weights from their parts, those of the last norm first."""
+        norms = [self.place_of["norm.weight"]]
+        norms += [p for place in self.places[::-1] for p in (place.mlp_norm, place.attn_norm)]
+        put = torch._foreach_add_ if self.beta else torch._foreach_copy_
+        put(norms, list(parts.sum(1)))
+
+    def __call__(self, ids: Tensor, targets: Tensor, beta: int = 1) -> Tensor:
+        """The mean loss of targets (B, T) after ids (B, T); its gradients go to the places.
+
+        To what these hold they are added, unless `beta` is 0.
+        """
+        words, self.beta, beside, order = ids.flatten(), beta, None, None
+        if ids.is_cuda:
+            self.second = self.second or torch.cuda.Stream()
+            beside = Beside(self.second)
+            with torch.cuda.stream(beside.stream):
+                order = by_word(words)
         y, x, scale, kept = self.there(ids)
         place = self.place_of["embedding.weight"]
         given, rows = (place, y, self.embedding, targets.flatten()), ALIVE // len(self.embedding)
-        if y.is_cuda and self.second is None:
-            self.second = torch.cuda.Stream()
-        beside = Beside(self.second) if self.second else None
-        loss, dy = loss_into(*given, rows=rows, beside=beside)
+        loss, dy = loss_into(*given, beta=beta, rows=rows, beside=beside)
         parts = room_for_parts(x, 1 + 2 * len(kept))
         dx = norm_back(dy, x, scale, self.norm, None, parts[0])
         dx = self.back(dx, ids, kept, parts[1:])
         if beside:
             beside.join()
-        add_rows(place, ids.flatten(), dx)
-        norms = [self.place_of["norm.weight"]]
-        norms += [p for place in self.places[::-1] for p in (place.mlp_norm, place.attn_norm)]
-        torch._foreach_add_(norms, list(parts.sum(1)))
+            beside.follow()
+        with torch.cuda.stream(beside.stream if beside else None):
+            self.norms_back(parts)
+        add_rows(place, words, dx, order)
+        if beside:
+            beside.join()
         return loss
 
 
-# %% book/09b-step.md, exported cell 5 (df6ecfa9)
-def clip_scale(grads: list[Tensor], count: int, max_norm: float) -> tuple[Tensor, Tensor]:
-    """The joint length of sums of `count` gradients over count; what to multiply the sums with."""
-    norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm() / count
-    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0) / count
-
-
-# %% book/09b-step.md, exported cell 6 (5810b3ba)
+# %% book/09b-step.md, exported cell 5 (5810b3ba)
 class Rows(NamedTuple):
     """A group of parameters: each kind of number in a row, and what the optimizer is told."""
 
@@ -269,7 +281,7 @@ def adopt(
     return found, low, places
 
 
-# %% book/09b-step.md, exported cell 7 (e299b437)
+# %% book/09b-step.md, exported cell 6 (e299b437)
 def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     """A CUDA graph of what a function launches, and what it returned: tensors that replays fill.
 
@@ -288,7 +300,7 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 8 (48ffd482)
+# %% book/09b-step.md, exported cell 7 (ac59e853)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
@@ -329,19 +341,17 @@ class GraphedStep:
 
     def work(self) -> tuple[Tensor, Tensor]:
         """A whole step on what lies in `batch`: the mean loss, and the norm of the gradient."""
-        grads = [rows.grad for rows in self.rows]
-        torch._foreach_zero_(grads)
-        losses = [self.passes(*micro) for micro in self.batch.unbind()]
-        if self.reduce is not None:
-            self.reduce(grads)
+        losses = [self.passes(*micro, beta=int(i > 0)) for i, micro in enumerate(self.batch)]
         loss = torch.stack(losses).mean()
-        return loss, self.update(loss)
+        if self.reduce is None:
+            return loss, self.update(loss)
+        self.reduce([rows.grad for rows in self.rows])
+        return loss, self.update(torch.zeros_like(loss))  # the norm is everyone's, the loss is not
 
     def update(self, loss: Tensor) -> Tensor:
         """Clip, update every row and its low copy; the norm of the mean gradient before."""
-        norm, scale = clip_scale([rows.grad for rows in self.rows], self.count, self.limit)
-        good = (loss + norm if self.reduce is None else norm).isfinite()  # the norm is everyone's
-        self.good.copy_(good & self.good if self.latch else good)
+        grads = [rows.grad for rows in self.rows]
+        norm, scale = clip(grads, loss, self.good, self.count, self.limit, self.latch)
         for rows in self.rows:
             options = {name: rows.group[name] for name in ("betas", "eps", "weight_decay")}
             adamw_row(*rows[:5], scale, rows.hyper, self.good, **options)

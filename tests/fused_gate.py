@@ -31,7 +31,8 @@ def launch_all(C):
     fused.launch_gate_back(x, meta(100, 2 * C))
     place, words = meta(300, C, dtype=torch.float32), meta(100, dtype=torch.int32)
     fused.launch_add_rows(place, words, meta(100, dtype=torch.int64), x)
-    good = meta(dtype=torch.bool)
+    good, loss = meta(dtype=torch.bool), meta(dtype=torch.float32)
+    fused.launch_clip([row, row], loss, good, 1, 1.0, True)
     fused.launch_adamw(row, row, row, meta(5000), row, row, row, good, (0.9, 0.95), 1e-8, 0.1)
 
 

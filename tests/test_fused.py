@@ -5,6 +5,7 @@ tests run them for real. Poison surrounds what they read.
 """
 
 import contextlib
+import math
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,47 @@ def test_rows_of_any_runs_are_added_up(seed):
 
 
 @with_kernels
+@pytest.mark.parametrize("sizes", [(1,), (8192, 3), (8191,), (20_000, 1, 700)])
+@pytest.mark.parametrize("limit", [1.0, 1e9, math.inf])
+def test_length_of_all_gradients(sizes, limit):
+    grads = some(*sizes, dtype=FP32)
+    loss, good = torch.tensor(2.0, device=DEVICE), torch.tensor(True, device=DEVICE)
+    norm, scale = guarded(
+        lambda *rows: fused.launch_clip(list(rows), loss, good, 3, limit, False), *grads
+    )
+    right = torch.cat(grads).double().norm() / 3
+    assert norm.item() == pytest.approx(right.item(), rel=1e-6)
+    assert scale.item() == pytest.approx(min(limit / right.item(), 1) / 3, rel=2e-6)
+    assert good
+    again = fused.launch_clip(grads, loss, good, 3, limit, False)
+    assert torch.equal(again[0], norm) and torch.equal(again[1], scale)
+
+
+@with_kernels
+def test_length_from_many_parts():
+    parts = in_poison(torch.rand(2500).to(DEVICE))
+    norm, scale, loss = torch.zeros(3, device=DEVICE).unbind()
+    good = torch.tensor(True, device=DEVICE)
+    fused.clip_kernel[(1,)](parts, loss, good, norm, scale, 2500, 1, 1.0, False, BLOCK=1024)
+    assert norm.item() == pytest.approx(parts.double().sum().sqrt().item(), rel=1e-6)
+
+
+@with_kernels
+@pytest.mark.parametrize("way", [fused.launch_clip, fused.plain_clip])
+@pytest.mark.parametrize("latch", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "number"), [(1, 1), (1, math.nan), (1, -math.inf), (math.nan, 1), (math.inf, 1)]
+)
+def test_what_is_not_finite_is_not_good(way, latch, before, loss, number):
+    grads = some(9000, 40, dtype=FP32)
+    grads[0][8500] = number
+    good = torch.tensor(before, device=DEVICE)
+    way(grads, torch.tensor(float(loss), device=DEVICE), good, 1, 1.0, latch)
+    assert good.item() is (math.isfinite(loss + number) and (before or not latch))
+
+
+@with_kernels
 @pytest.mark.parametrize("N", [1, 1023, 1024, 2500])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_update(N, decay):
@@ -264,7 +306,7 @@ def test_on_a_gpu_bfloat16_of_a_fitting_width_goes_by_the_kernels():
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 def test_compiled_for_cards_that_are_not_here():
     rows = compiled_rows("fused_gate")
-    assert len({row["kernel"] for row in rows}) == 8
+    assert len({row["kernel"] for row in rows}) == 10
     for row in rows:
         card = int(row["case"][3:5])
         assert row["stack"] == 0 and row["shared"] <= SHARED[card] * 1024, row

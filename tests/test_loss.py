@@ -483,9 +483,9 @@ def test_without_triton_plain_pytorch_does_it():
 @with_kernels
 def test_kernels_fit_the_cards_and_spill_nothing():
     rows = compiled_rows("loss_gate")
-    assert len(rows) == (4 * 4 + 2) * 3
+    assert len(rows) == 4 * (3 * 4 + 3) + 2 * 4  # without gradients there is nothing to scale
     assert sum(row["kernel"] == "weigh_at_once_kernel" for row in rows) == 2
     for row in rows:
         card = int(row["case"].partition("-")[0].removeprefix("sm_"))
         assert row["shared"] <= SHARED[card] * 1024 and row["stack"] == 0, row
-        assert row["tensor_cores"] > 0 or row["kernel"] == "guess_kernel", row
+        assert row["tensor_cores"] > 0 or row["kernel"] in ("guess_kernel", "scale_kernel"), row
