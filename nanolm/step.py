@@ -300,7 +300,7 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 7 (ac59e853)
+# %% book/09b-step.md, exported cell 7 (7fe1072f)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
@@ -341,7 +341,10 @@ class GraphedStep:
 
     def work(self) -> tuple[Tensor, Tensor]:
         """A whole step on what lies in `batch`: the mean loss, and the norm of the gradient."""
-        losses = [self.passes(*micro, beta=int(i > 0)) for i, micro in enumerate(self.batch)]
+        losses = [
+            self.passes(ids, targets, beta=int(i > 0))
+            for i, (ids, targets) in enumerate(self.batch)
+        ]
         loss = torch.stack(losses).mean()
         if self.reduce is None:
             return loss, self.update(loss)
