@@ -364,7 +364,7 @@ def tiled_backward(
     return dq.flatten(1, 2).to(q.dtype), dk.flatten(1, 2).to(k.dtype), dv.flatten(1, 2).to(v.dtype)
 
 
-# %% book/06-flash.md, exported cell 10 (93b900d9)
+# %% book/06-flash.md, exported cell 10 (d6bf57d5)
 @triton.jit
 def dq_step(
     dq, q, grad, lse, delta, k, v, n, last, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
@@ -380,10 +380,22 @@ def dq_step(
 
 
 @triton.jit
+def turned_back(x, COS, SIN, t, length, ROWS: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr):
+    """A tile (ROWS, D) of rows for the positions from t on, turned back by their angles."""
+    step = t + tl.arange(0, ROWS) % STEPS
+    at = step[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
+    cos = tl.load(COS + at, mask=(step < length)[:, None], other=0.0)
+    sin = tl.load(SIN + at, mask=(step < length)[:, None], other=0.0)
+    a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, D // 2)), (0, 2, 1)))
+    both = tl.join(a * cos + b * sin, b * cos - a * sin)
+    return tl.reshape(tl.permute(both, (0, 2, 1)), (ROWS, D))
+
+
+@triton.jit
 def dq_kernel(
-    Q, K, V, OUT, GRAD, LSE, DELTA, DQ,
+    Q, K, V, OUT, GRAD, LSE, DELTA, DQ, COS, SIN,
     q_strides, k_strides, v_strides, out_strides, grad_strides, lse_strides, dq_strides,
-    B, H, T, S, scale,
+    B, H, T, S, scale, TURN: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, BOX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -411,10 +423,12 @@ def dq_kernel(
         k = load_tile(K, k_strides, b, h // GROUP, n, S, 1, COLS, D, BOX)
         v = load_tile(V, v_strides, b, h // GROUP, n, S, 1, COLS, D, BOX)
         dq = dq_step(dq, q, grad, lse, delta, k, v, n, last, scale * LOG2_E, True, PRECISION)
+    if TURN:
+        dq = turned_back(dq, COS, SIN, t, T, ROWS, STEPS, D)
     store_tile(DQ, dq_strides, b, h, t, T, dq * scale, HEADS, STEPS, D)
 
 
-# %% book/06-flash.md, exported cell 11 (acf2d22f)
+# %% book/06-flash.md, exported cell 11 (907fbe02)
 @triton.jit
 def add_product(acc, a, b, PRECISION: tl.constexpr):
     """acc + a @ b, in float32 added up tile by tile."""
@@ -426,9 +440,9 @@ def add_product(acc, a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def dkdv_kernel(
-    Q, K, V, GRAD, LSE, DELTA, DK, DV,
+    Q, K, V, GRAD, LSE, DELTA, DK, DV, COS, SIN,
     q_strides, k_strides, v_strides, grad_strides, lse_strides, dk_strides, dv_strides,
-    B, H, T, S, scale,
+    B, H, T, S, scale, TURN: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, BOX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -461,20 +475,23 @@ def dkdv_kernel(
             dv = add_product(dv, p, grad, PRECISION)
             ds = p * (dp - delta[None, :])
             dk = add_product(dk, ds, q, PRECISION)
+    if TURN:
+        dk = turned_back(dk, COS, SIN, n, S, COLS, COLS, D)
     store_tile(DK, dk_strides, b, h_kv, n, S, dk * scale, 1, COLS, D)
     store_tile(DV, dv_strides, b, h_kv, n, S, dv, 1, COLS, D)
 
 
-# %% book/06-flash.md, exported cell 12 (fbe4942d)
+# %% book/06-flash.md, exported cell 12 (d189d62f)
 def launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
     dq_tiles: Tiles | None = None, dkdv_tiles: Tiles | None = None,
-    rooms: Sequence[Tensor] = (),
+    rooms: Sequence[Tensor] = (), turn: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What `tiled_backward` computes, by the kernels, with what `launch_forward` gave.
 
-    The gradients are written to `rooms`, like q, k and v, if there are any.
+    The gradients are written to `rooms`, like q, k and v, if there are any; those of q and k
+    turned back by the tables `turn`, if there are such (`turned_back`), where T is S.
     """
     dq, dk, dv = rooms or map(room_for, (q, k, v))
     grad, q, k, v, out = map(dense, (grad, q, k, v, out))
@@ -482,27 +499,30 @@ def launch_backward(
     _, delta = new_outputs(q)
     if lse.stride() != delta.stride():  # deltas are stored where the strides of lse say
         lse = new_outputs(q)[1].copy_(lse)
-    shape = B, H, T, S, scale
+    shape = B, H, T, S, scale, turn is not None
+    cos, sin = turn or (q, q)
     with torch.cuda.device_of(q):
         tiles = dq_tiles or choose_tiles("dq", q, k, causal)
         known = settings(q, k, causal, tiles)
         K, V = boxes(tiles, [1, 1, tiles.COLS, D], k, v)
         programs = triton.cdiv(T, tiles.ROWS // known["HEADS"]) * B * (H // known["HEADS"])
         dq_kernel[(programs,)](
-            q, K, V, out, grad, lse, delta, dq, *steps(q, k, v, out, grad, lse, dq), *shape, **known
-        )
+            q, K, V, out, grad, lse, delta, dq, cos, sin,
+            *steps(q, k, v, out, grad, lse, dq), *shape, **known,
+        )  # fmt: skip
         tiles = dkdv_tiles or choose_tiles("dkdv", q, k, causal)
         known = settings(q, k, causal, tiles)
         box = [1, known["HEADS"], tiles.ROWS // known["HEADS"], D]
         Q, GRAD, LSE, DELTA = boxes(tiles, box, q, grad, lse, delta)
         programs = triton.cdiv(S, tiles.COLS) * B * k.size(1)
         dkdv_kernel[(programs,)](
-            Q, k, v, GRAD, LSE, DELTA, dk, dv, *steps(q, k, v, grad, lse, dk, dv), *shape, **known
-        )
+            Q, k, v, GRAD, LSE, DELTA, dk, dv, cos, sin,
+            *steps(q, k, v, grad, lse, dk, dv), *shape, **known,
+        )  # fmt: skip
     return dq, dk, dv
 
 
-# %% book/06-flash.md, exported cell 13 (5a2bbb6d)
+# %% book/06-flash.md, exported cell 13 (bceb77ad)
 WIDTHS = (16, 32, 64, 128)  # channels of a head that the kernels take
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -534,17 +554,28 @@ def forward_shapes(
     return new_outputs(q)
 
 
+def plain_turned_back(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """x (B, H, T, D) turned back by the angles of the tables, cosines and sines (T, D / 2)."""
+    (a, b), (cos, sin) = x.chunk(2, -1), (table[: x.size(2)] for table in tables)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
+
+
 def backward_into(
     rooms: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-    lse: Tensor, causal: bool, scale: float,
+    lse: Tensor, causal: bool, scale: float, *, turn: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Write the gradients of q, k and v to the three rooms, whose strides may be any."""
+    """Write the gradients of q, k and v to the three rooms, whose strides may be any.
+
+    With tables `turn` (cosines and sines), of what q and k were before they were turned by these.
+    """
     if has_kernel(q):
-        launch_backward(grad, q, k, v, out, lse, causal, scale, rooms=rooms)
+        launch_backward(grad, q, k, v, out, lse, causal, scale, rooms=rooms, turn=turn)
         return
     with torch.autocast(q.device.type, enabled=False):
-        found = tiled_backward(grad, q, k, v, out, lse, causal, scale)
-    for room, gradient in zip(rooms, found, strict=True):
+        dq, dk, dv = tiled_backward(grad, q, k, v, out, lse, causal, scale)
+    if turn:
+        dq, dk = plain_turned_back(dq, turn), plain_turned_back(dk, turn)
+    for room, gradient in zip(rooms, (dq, dk, dv), strict=True):
         room.copy_(gradient)
 
 

@@ -228,20 +228,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float = 1.0) -
     way(x, cos, sin, heads, sign)
 
 
-# %% book/07b-fused.md, exported cell 5 (0e8b1bcc)
+# %% book/07b-fused.md, exported cell 5 (9b24ce44)
 def plain_gate(both: Tensor) -> Tensor:
     """silu(gate) * up (N, F), from gate and up side by side (N, 2F)."""
     gate, up = both.chunk(2, -1)
     return F.silu(gate) * up
 
 
-def plain_gate_back(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
-    """`gate` once more (N, F), and the gradient of gate and up (N, 2F)."""
+def plain_gate_back(grad: Tensor, both: Tensor) -> Tensor:
+    """The gradient of gate and up (N, 2F), from that of what the gate gave (N, F)."""
     wide = torch.promote_types(both.dtype, torch.float32)
     gate, up = both.to(wide).chunk(2, -1)
     s = gate.sigmoid()
     d_both = torch.cat((grad * up * s * (1 + gate * (1 - s)), grad * gate * s), -1)
-    return (gate * s * up).to(both.dtype), d_both.to(both.dtype)
+    return d_both.to(both.dtype)
 
 
 @triton.jit
@@ -256,16 +256,15 @@ def gate_kernel(BOTH, OUT, N, WIDTH: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def gate_back_kernel(GRAD, BOTH, OUT, DBOTH, N, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """The gradient of a few rows through the gate, and what the gate gave."""
+def gate_back_kernel(GRAD, BOTH, DBOTH, N, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """The gradient of a few rows through the gate."""
     row, at, here = row_tile(N, WIDTH, ROWS)
     first = at + row.to(tl.int64)[:, None] * WIDTH
     gate = tl.load(BOTH + first, mask=here, other=0.0).to(tl.float32)
     up = tl.load(BOTH + first + WIDTH, mask=here, other=0.0).to(tl.float32)
     g = tl.load(GRAD + at, mask=here, other=0.0).to(tl.float32)
     s = 1.0 / (1.0 + tl.exp(-gate))
-    kind = OUT.dtype.element_ty
-    tl.store(OUT + at, (gate * s * up).to(kind), mask=here)
+    kind = DBOTH.dtype.element_ty
     tl.store(DBOTH + first, (g * up * s * (1.0 + gate * (1.0 - s))).to(kind), mask=here)
     tl.store(DBOTH + first + WIDTH, (g * gate * s).to(kind), mask=here)
 
@@ -278,12 +277,11 @@ def launch_gate(both: Tensor) -> Tensor:
     return out
 
 
-def launch_gate_back(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
+def launch_gate_back(grad: Tensor, both: Tensor) -> Tensor:
     """What `plain_gate_back` computes, by the kernel."""
-    (N, width), known = grad.shape, rows_for(grad.size(1))
-    out, d_both = torch.empty_like(grad), torch.empty_like(both)
-    gate_back_kernel[(triton.cdiv(N, known["ROWS"]),)](grad, both, out, d_both, N, width, **known)
-    return out, d_both
+    (N, width), known, d_both = grad.shape, rows_for(grad.size(1)), torch.empty_like(both)
+    gate_back_kernel[(triton.cdiv(N, known["ROWS"]),)](grad, both, d_both, N, width, **known)
+    return d_both
 
 
 def gate(both: Tensor) -> Tensor:
@@ -291,8 +289,8 @@ def gate(both: Tensor) -> Tensor:
     return (launch_gate if has_fused(both.size(1) // 2, both) else plain_gate)(both)
 
 
-def gate_back(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
-    """`gate` once more (N, F), and the gradient of gate and up (N, 2F)."""
+def gate_back(grad: Tensor, both: Tensor) -> Tensor:
+    """The gradient of gate and up (N, 2F), from that of what the gate gave (N, F)."""
     way = launch_gate_back if has_fused(grad.size(1), grad, both) else plain_gate_back
     return way(grad, both)
 

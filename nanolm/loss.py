@@ -257,7 +257,7 @@ def scale_kernel(X, SCALE, OUT, N, D: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(OUT + i, x.to(OUT.dtype.element_ty), mask=here)
 
 
-# %% book/07-loss.md, exported cell 5 (db1b0f43)
+# %% book/07-loss.md, exported cell 5 (333a69b5)
 gluon = optional("triton.experimental.gluon")
 gl = optional("triton.experimental.gluon.language")
 hopper = optional("triton.experimental.gluon.language.nvidia.hopper")
@@ -267,12 +267,12 @@ meet: Any = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None) 
 @gluon.jit
 def fetch(
     W, tiles, bars, first, i, count,
-    D: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Ask for tile i of a share of the words, if it has one: `bars` tells when it is there."""
     slot, more = i % STAGES, i < count
-    hopper.mbarrier.expect(bars.index(slot), COLS * D * 2, pred=more)
-    at = [first + i * COLS, 0]
+    hopper.mbarrier.expect(bars.index(slot), TILE * D * 2, pred=more)
+    at = [first + i * TILE, 0]
     hopper.tma.async_copy_global_to_shared(W, at, bars.index(slot), tiles.index(slot), pred=more)
 
 
@@ -287,12 +287,12 @@ def start(x, tiles, bars, scores, i, count, STAGES: tl.constexpr):
 
 @gluon.jit
 def finish(
-    scores, guess, E, room, m, n, V, COLS: tl.constexpr, EVEN: tl.constexpr, MMA: tl.constexpr
+    scores, guess, E, room, m, n, V, TILE: tl.constexpr, EVEN: tl.constexpr, MMA: tl.constexpr
 ):
     """Store a tile's weights; their sums."""
     e = gl.exp2(scores * LOG2_E - gl.expand_dims(guess, 1))
     if not EVEN:
-        word = n + gl.arange(0, COLS, layout=gl.SliceLayout(0, MMA))
+        word = n + gl.arange(0, TILE, layout=gl.SliceLayout(0, MMA))
         e = gl.where(gl.expand_dims(word, 0) < V, e, 0.0)
     hopper.tma.store_wait(pendings=0)  # the tile before has left the room
     room.store(e.to(gl.bfloat16))
@@ -304,46 +304,48 @@ def finish(
 @gluon.jit
 def weigh_at_once_kernel(
     X, W, GUESS, E, SUMS, N, V, per,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, num_warps: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    num_warps: tl.constexpr,
 ):  # fmt: skip
     """What `weigh_kernel` does, with the next product under way."""
-    MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLS, 16])
-    m, first = gl.program_id(0) * ROWS, gl.minimum(gl.program_id(1) * per, V)
-    count = gl.cdiv(gl.minimum(per, V - first), 2 * COLS) * 2
-    x = gl.allocate_shared_memory(gl.bfloat16, [ROWS, D], X.layout)
-    tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, COLS, D], W.layout)
-    room = gl.allocate_shared_memory(gl.bfloat16, [ROWS, COLS], E.layout)
+    MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TILE, 16])
+    m, first = gl.program_id(0) * TILE, gl.minimum(gl.program_id(1) * per, V)
+    count = gl.cdiv(gl.minimum(per, V - first), 2 * TILE) * 2
+    tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, D], W.layout)
+    room = gl.allocate_shared_memory(gl.bfloat16, [TILE, TILE], E.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], hopper.mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES + 1):
         hopper.mbarrier.init(bars.index(i), count=1)
-    hopper.mbarrier.expect(bars.index(STAGES), ROWS * D * 2)
-    hopper.tma.async_copy_global_to_shared(X, [m, 0], bars.index(STAGES), x)
-    for i in gl.static_range(STAGES):
-        fetch(W, tiles, bars, first, i, count, D, COLS, STAGES)
-    row = m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
+    hopper.mbarrier.expect(bars.index(STAGES), TILE * D * 2)
+    hopper.tma.async_copy_global_to_shared(X, [m, 0], bars.index(STAGES), tiles.index(0))
+    for i in gl.static_range(1, STAGES):
+        fetch(W, tiles, bars, first, i, count, D, TILE, STAGES)
+    row = m + gl.arange(0, TILE, layout=gl.SliceLayout(1, MMA))
     guess = gl.load(GUESS + row, mask=row < N, other=float("inf"))
-    total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, MMA))
-    b = gl.zeros([ROWS, COLS], gl.float32, layout=MMA)
+    total = gl.zeros([TILE], gl.float32, layout=gl.SliceLayout(1, MMA))
+    b = gl.zeros([TILE, TILE], gl.float32, layout=MMA)
     hopper.mbarrier.wait(bars.index(STAGES), 0)
-    this = start(x, tiles, bars, gl.zeros([ROWS, COLS], gl.float32, layout=MMA), 0, count, STAGES)
+    x = tiles.index(0).load(gl.DotOperandLayout(0, MMA, 2))  # to registers
+    meet()  # all have read, and the place is free
+    fetch(W, tiles, bars, first, 0, count, D, TILE, STAGES)
+    this = start(x, tiles, bars, gl.zeros([TILE, TILE], gl.float32, layout=MMA), 0, count, STAGES)
     for i in range(0, count, 2):
         a = hopper.warpgroup_mma_wait(num_outstanding=0, deps=(this,))
-        meet()  # all have read tile i, and its place is free
-        fetch(W, tiles, bars, first, i + STAGES, count, D, COLS, STAGES)
+        meet()
+        fetch(W, tiles, bars, first, i + STAGES, count, D, TILE, STAGES)
         other = start(x, tiles, bars, b, i + 1, count, STAGES)
-        total += finish(a, guess, E, room, m, first + i * COLS, V, COLS, EVEN, MMA)
+        total += finish(a, guess, E, room, m, first + i * TILE, V, TILE, EVEN, MMA)
         b = hopper.warpgroup_mma_wait(num_outstanding=0, deps=(other,))
         meet()
-        fetch(W, tiles, bars, first, i + 1 + STAGES, count, D, COLS, STAGES)
+        fetch(W, tiles, bars, first, i + 1 + STAGES, count, D, TILE, STAGES)
         this = start(x, tiles, bars, a, i + 2, count, STAGES)
-        total += finish(b, guess, E, room, m, first + (i + 1) * COLS, V, COLS, EVEN, MMA)
+        total += finish(b, guess, E, room, m, first + (i + 1) * TILE, V, TILE, EVEN, MMA)
     hopper.warpgroup_mma_wait(num_outstanding=0, deps=(this,))
     hopper.tma.store_wait(pendings=0)
     gl.store(SUMS + gl.program_id(1) * N + row, total, mask=row < N)
 
 
-AT_ONCE = {"ROWS": 128, "COLS": 128, "STAGES": 2, "num_warps": 8}
+AT_ONCE = {"TILE": 64, "STAGES": 3, "num_warps": 4}
 
 
 def weigh_at_once(
@@ -351,18 +353,18 @@ def weigh_at_once(
 ) -> None:
     """Launch the kernel above: rooms of whole pairs of tiles, `per` words to a share."""
     descriptor = importlib.import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
-    (N, D), V, rows, cols = x.shape, len(weight), AT_ONCE["ROWS"], AT_ONCE["COLS"]
+    (N, D), V, tile = x.shape, len(weight), AT_ONCE["TILE"]
     X, W, E = (
         descriptor.from_tensor(y, box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16))
-        for y, box in ((x, [rows, D]), (weight, [cols, D]), (room, [rows, cols]))
+        for y, box in ((x, [tile, D]), (weight, [tile, D]), (room, [tile, tile]))
     )
-    known = AT_ONCE | {"EVEN": V % (2 * cols) == 0}
-    weigh_at_once_kernel[(triton.cdiv(N, rows), len(sums))](
+    known = AT_ONCE | {"EVEN": V % (2 * tile) == 0}
+    weigh_at_once_kernel[(triton.cdiv(N, tile), len(sums))](
         X, W, guess, E, sums, N, V, per, D, **known
     )
 
 
-# %% book/07-loss.md, exported cell 6 (67fcdba7)
+# %% book/07-loss.md, exported cell 6 (592e5d0f)
 class LossTiles(NamedTuple):
     """The shape of a tile: rows (tokens), columns (words); and how the kernels are launched."""
 
@@ -392,6 +394,11 @@ def choose_loss_tiles(device: torch.device) -> tuple[LossTiles, int]:
     hopper = triton.runtime.driver.active.get_current_target().arch == 90
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return (HOPPER_TILES, processors) if hopper else (OTHER_TILES, 2 * processors)
+
+
+def shares(tiles: int, programs: int) -> int:
+    """Into how many shares to cut the words of some tiles of rows, to leave few programs idle."""
+    return min(range(1, max(8, programs // tiles) + 1), key=lambda n: -(-tiles * n // programs) / n)
 
 
 def can_at_once(hidden: Tensor) -> bool:
@@ -428,7 +435,7 @@ def loss_boxes(tiles: LossTiles, part: int, *tensors: Tensor) -> list[Any]:
     ]
 
 
-# %% book/07-loss.md, exported cell 7 (b05470bf)
+# %% book/07-loss.md, exported cell 7 (6fd22742)
 class Beside:
     """Work on a second stream, which begins after all that was launched on the current one so far.
 
@@ -487,8 +494,10 @@ def launch_here(
     whole = triton.cdiv(N, tiles.ROWS) * tiles.ROWS
     rows = triton.cdiv(rows or max(WEIGHTS // V, 1), tiles.ROWS) * tiles.ROWS  # of whole tiles
     rows = min(rows, whole) if grads else whole
-    splits = splits or max(1, programs // triton.cdiv(rows, tiles.ROWS))
-    unit = tiles.COLS if not at_once else 2 * AT_ONCE["COLS"]
+    if at_once:
+        splits = splits or shares(triton.cdiv(rows, AT_ONCE["TILE"]), 2 * programs)
+    splits = splits or shares(triton.cdiv(rows, tiles.ROWS), programs)
+    unit = tiles.COLS if not at_once else 2 * AT_ONCE["TILE"]
     per, wide_V = triton.cdiv(V, unit * splits) * unit, triton.cdiv(V, unit) * unit
     sums = guess.new_empty(splits, rows)
     room = hidden.new_empty((rows, wide_V) if grads else (tiles.ROWS, tiles.COLS))

@@ -80,7 +80,7 @@ def layers_of(tensors: dict[str, Tensor], n_layer: int) -> list[LayerWeights]:
     ]
 
 
-# %% book/09b-step.md, exported cell 3 (1ea3e987)
+# %% book/09b-step.md, exported cell 3 (e48daca9)
 class Kept(NamedTuple):
     """What the way back needs of a layer."""
 
@@ -93,7 +93,8 @@ class Kept(NamedTuple):
     mid: Tensor  # the stream after attention
     mid_scale: Tensor
     mlp_in: Tensor
-    both: Tensor  # gate and up
+    both: Tensor  # gate and up, and what the gate made of them
+    mlp_out: Tensor
 
 
 def heads_of(rows: Tensor, B: int, D: int) -> Tensor:
@@ -140,8 +141,9 @@ class Forward:
             added = out.transpose(1, 2).reshape(len(x), -1) @ layer.o_proj.T
             mid, z, mid_scale = norm(x, added, layer.mlp_norm, c.norm_eps)
             both = z @ layer.gate_up.T
-            kept.append(Kept(x, scale, y, qkv, out, lse, mid, mid_scale, z, both))
-            x, y, scale = norm(mid, gate(both) @ layer.down_proj.T, next_norm, c.norm_eps)
+            mlp_out = gate(both)
+            kept.append(Kept(x, scale, y, qkv, out, lse, mid, mid_scale, z, both, mlp_out))
+            x, y, scale = norm(mid, mlp_out @ layer.down_proj.T, next_norm, c.norm_eps)
         return y, x, scale, kept
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ class Forward:
             return linear_cross_entropy(y, self.embedding, targets.flatten())
 
 
-# %% book/09b-step.md, exported cell 4 (224ffe36)
+# %% book/09b-step.md, exported cell 4 (ef51527d)
 ALIVE = 2**30  # weights of words that may be alive at a time, 2 GB
 
 
@@ -174,17 +176,16 @@ class Passes(Forward):
         """From the gradient of the stream before the last norm to that of its first state."""
         c, B, rest, beta = self.config, len(ids), iter(parts), self.beta
         for layer, place, was in zip(self.layers[::-1], self.places[::-1], kept[::-1], strict=True):
-            mlp_out, d_both = gate_back(dx @ layer.down_proj, was.both)
-            set_product(place.down_proj, dx.T, mlp_out, beta)
+            d_both = gate_back(dx @ layer.down_proj, was.both)
+            set_product(place.down_proj, dx.T, was.mlp_out, beta)
             way = layer.gate_up, place.gate_up, was.mlp_in, was.mid, was.mid_scale, layer.mlp_norm
             dx = self.half_back(dx, d_both, *way, next(rest))
             set_product(place.o_proj, dx.T, was.out.transpose(1, 2).reshape(len(dx), -1), beta)
             d_out, d_qkv = heads_of(dx @ layer.o_proj, B, c.head_dim), torch.empty_like(was.qkv)
             rooms = heads_of(d_qkv, B, c.head_dim).split(self.counts, 1)
             q, k, v = heads_of(was.qkv, B, c.head_dim).split(self.counts, 1)
-            backward_into(rooms, d_out, q, k, v, was.out, was.lse, True, c.head_dim**-0.5)
-            cos, sin = (table[: ids.size(1)] for table in self.tables)
-            rotate(d_qkv.view(*ids.shape, -1), cos, sin, c.n_head + c.n_kv_head, -1.0)
+            given = d_out, q, k, v, was.out, was.lse, True, c.head_dim**-0.5
+            backward_into(rooms, *given, turn=self.tables)
             way = layer.qkv, place.qkv, was.attn_in, was.x, was.x_scale, layer.attn_norm
             dx = self.half_back(dx, d_qkv, *way, next(rest))
         return dx

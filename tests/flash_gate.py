@@ -64,6 +64,10 @@ def compiled(case):
     with compile_only(case.card) as found:
         out, lse = launch_forward(q, k, v, case.causal, 0.125)
         launch_backward(torch.empty_like(out), q, k, v, out, lse, case.causal, 0.125)
+        if case.causal and case.group == 4:  # as a step calls it
+            table = torch.empty(case.T, case.D // 2, device="meta")
+            turn = {"turn": (table, table)}
+            launch_backward(torch.empty_like(out), q, k, v, out, lse, True, 0.125, **turn)
     return [{"case": str(case), "kernel": name} | resources(kernel) for name, kernel in found]
 
 
