@@ -55,7 +55,7 @@ def packed(model: Transformer) -> tuple[Tensor, Tensor]:
     return torch.stack(layers), torch.stack(down)
 
 
-# %% book/11b-decode.md, exported cell 2 (d3370efb)
+# %% book/11b-decode.md, exported cell 2 (c0a29c67)
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -69,6 +69,12 @@ def draw(logits: Tensor, ids: list[int], config: SampleConfig, dice: torch.Gener
             return best
     options = {name: getattr(config, name) for name in FILTERS if hasattr(config, name)}
     return int(sample_logits(logits, **options, generator=dice))
+
+
+def fill(cache: KVCache, where: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Put keys and values (L, rows, H_kv, T, D) where these rows of the cache begin."""
+    cache.keys[:, where, :, : keys.size(3)] = keys
+    cache.values[:, where, :, : keys.size(3)] = values
 
 
 class Plain:
@@ -97,13 +103,13 @@ class Plain:
     def place(self, rows: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> None:
         """The tokens to be read next in these rows; here they are known already."""
 
-    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (L, B, H_kv, T, D) of ids (B, T), which nothing precedes."""
+    def read(self, where: Tensor, ids: Tensor) -> None:
+        """Fill these rows of the cache with ids (rows, T), which nothing precedes."""
         c, (B, T) = self.config, ids.shape
         room = c.n_layer, B, c.n_kv_head, T, c.head_dim
         cache = KVCache(*room, ids.device, self.norm.dtype)
         self.model.hidden(ids, cache)
-        return cache.keys, cache.values
+        fill(self.cache, where, cache.keys, cache.values)
 
     def logits(self, rows: list[int], lengths: list[int]) -> Tensor:
         """Read the last id of each row, behind `lengths` others; logits (rows, V) of the next."""
@@ -546,7 +552,7 @@ def settle_kernel(BEST, WORD, STATE, IDS, steps, B, T, TILES: tl.constexpr, BTIL
             tl.store(STATE + b * 4 + 2, drawn + i + 1)
 
 
-# %% book/11b-decode.md, exported cell 10 (b3f417d9)
+# %% book/11b-decode.md, exported cell 10 (036a0158)
 def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << (n - 1).bit_length()
@@ -604,6 +610,9 @@ def choose_plan(config: ModelConfig, batch_size: int, device: torch.device) -> P
     return TUNED[-1]  # teams of one wait for nobody
 
 
+SHORT = 32  # tokens of a prompt that are read by steps
+
+
 class Kernels:
     """Steps of a `Decoder` by the kernels; recorded, where they are not interpreted."""
 
@@ -651,12 +660,26 @@ class Kernels:
         known = torch.tensor(list(zip(tokens, lengths, strict=True)), device=self.state.device)
         self.state[where, :2] = known
 
-    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (L, B, H_kv, T, D) of ids (B, T), which nothing precedes."""
+    def read(self, where: Tensor, ids: Tensor) -> None:
+        """Fill these rows of the cache with ids (rows, T), which nothing precedes."""
+        if self.plan.G > 1 and ids.size(1) <= SHORT:
+            return self.follow(where, ids)
         rows = [was.qkv for was in self.passes.there(ids)[3]]
         heads = [heads_of(qkv, len(ids), self.config.head_dim) for qkv in rows]
         _, keys, values = zip(*(x.split(self.passes.counts, 1) for x in heads), strict=True)
-        return torch.stack(keys), torch.stack(values)
+        fill(self.cache, where, torch.stack(keys), torch.stack(values))
+
+    def follow(self, where: Tensor, ids: Tensor) -> None:
+        """Read ids (rows, T) by steps without a head, which find them where draws would be."""
+        tiles = triton.cdiv(self.vocab_size, self.plan.WORDS)
+        state, best = self.state.clone(), self.settings.new_zeros(ids.size(1), len(self.state), tiles)
+        word = torch.zeros_like(best, dtype=torch.int32)
+        state[:, 1] = -1  # the other rows wait
+        state[where, 0], state[where, 1] = ids[:, 0], 0
+        word[:-1, where] = ids.T[1:, :, None].int()
+        for i in range(ids.size(1)):
+            self.layers(i, state, best, word, {"TILES": tiles, "BTILES": power_of_two(tiles)})
+            self.parts.fill_(torch.nan)  # as the head does
 
     def steps(self, n: int, lengths: Sequence[int], configs: Sequence[SampleConfig]) -> Tensor:
         """The next n ids of each row, (B, n); -1 where a row is empty or full."""
@@ -683,7 +706,7 @@ class Kernels:
         word = torch.empty_like(best, dtype=torch.int32)
         ids, known = self.state.new_empty(B, n), {"TILES": tiles, "BTILES": power_of_two(tiles)}
         for i in range(n):
-            self.layers(i, best, word, known)
+            self.layers(i, self.state, best, word, known)
             BK, BM = min(power_of_two(c.d_model), 256), min(max(power_of_two(B), 16), 64)
             head_kernel[heads, triton.cdiv(B, BM)](
                 self.hidden, self.weight, self.logits, self.parts, self.settings, self.state,
@@ -698,16 +721,18 @@ class Kernels:
         settle_kernel[(B,)](best, word, self.state, ids, n, B, c.max_seq_len, **known)
         return ids
 
-    def layers(self, i: int, best: Tensor, word: Tensor, known: dict[str, int]) -> None:
+    def layers(
+        self, i: int, state: Tensor, best: Tensor, word: Tensor, known: dict[str, int]
+    ) -> None:
         """The layers of step i: one launch, or one for each half of a layer and one to end."""
-        c, B, plan = self.config, len(self.state), self.plan
+        c, B, plan = self.config, len(state), self.plan
         split = plan.SPLIT and plan.G > 1
         BD, BT = power_of_two(c.d_model), min(plan.BT, max(power_of_two(c.max_seq_len), 16))
         warps = max(min(plan.num_warps, plan.G * BD // 32), 1)  # no part is read by two threads
         for only in range(2 * c.n_layer + 1) if split else [0]:
             layers_kernel[(B * plan.G,)](
                 self.pack, self.down, self.weight, self.norm, *self.tables, self.cache.keys,
-                self.cache.values, self.parts, self.hidden, best, word, self.state, i, only, B,
+                self.cache.values, self.parts, self.hidden, best, word, state, i, only, B,
                 c.max_seq_len, c.norm_eps, LOG2_E * c.head_dim**-0.5,
                 L=c.n_layer, H=c.n_head, HKV=c.n_kv_head, DH=c.head_dim, D=c.d_model,
                 BD=BD, F=c.d_ff, BF=plan.BF, G=plan.G, BT=BT,
@@ -715,7 +740,7 @@ class Kernels:
             )  # fmt: skip
 
 
-# %% book/11b-decode.md, exported cell 11 (548a79e2)
+# %% book/11b-decode.md, exported cell 11 (bdf31d66)
 class Decoder:
     """Continues up to batch_size texts side by side, on memory allocated once.
 
@@ -758,17 +783,14 @@ class Decoder:
     def read(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Fill the cache of these rows with all but the last token of each prompt."""
         longest = max(map(len, prompts)) - 1
+        for row, ids in zip(rows, prompts, strict=True):
+            self.lengths[row] = len(ids) - 1
+        self.engine.place(rows, [ids[-1] for ids in prompts], [len(ids) - 1 for ids in prompts])
         if longest:
             padded = torch.tensor([[*ids[:-1], *[0] * (longest - len(ids) + 1)] for ids in prompts])
             where = torch.tensor(rows, device=self.device)
             with torch.cuda.device_of(self.cache.keys):
-                keys, values = self.engine.read(padded.to(self.device))
-            self.cache.keys[:, where, :, :longest] = keys
-            self.cache.values[:, where, :, :longest] = values
-        for row, ids in zip(rows, prompts, strict=True):
-            self.lengths[row] = len(ids) - 1
-        last = [ids[-1] for ids in prompts]
-        self.engine.place(rows, last, [len(ids) - 1 for ids in prompts])
+                self.engine.read(where, padded.to(self.device))
 
     def put(
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]],
@@ -804,7 +826,7 @@ class Decoder:
         return ids
 
 
-# %% book/11b-decode.md, exported cell 12 (c1552e48)
+# %% book/11b-decode.md, exported cell 12 (7d3dc5aa)
 AT_ONCE = 64  # steps in a recording
 
 
@@ -863,8 +885,9 @@ def slide(decoder: Decoder, texts: dict[int, list[int]]) -> None:
 def accept(done: list[int], found: list[int], most: int, stop_ids: Collection[int]) -> bool:
     """Append what was found to what is done; whether the text is complete."""
     found = found[: most - len(done)]
-    end = next((i for i, token in enumerate(found) if token in stop_ids), len(found))
-    if -2 in found[:end]:
+    end = min((found.index(token) for token in stop_ids if token in found), default=len(found))
+    kept = found[:end]
+    if -2 in kept:
         raise ValueError("the logits hold NaN or infinity: the model has diverged")
-    done += [token for token in found[:end] if token >= 0]
+    done += kept[: kept.index(-1)] if -1 in kept else kept
     return end < len(found) or len(done) == most
