@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 24928d55
+# The seal of all that stands in no cell: eb031e4a
 """`nanolm.decode`, derived in the book, where each line has its reason:
 
 - book/11b-decode.md: Tokens as fast as they come
@@ -9,7 +9,7 @@ with `python -m nanolm.tangle --update`.
 
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanolm.batch import Text, Token
 from nanolm.flash import LOG2_E
 from nanolm.interpret import has_triton, interpreting, repair_bfloat16, tl, triton
 from nanolm.model import KVCache, ModelConfig, Transformer
@@ -28,6 +29,7 @@ from nanolm.sample import (
     sample_logits,
 )
 from nanolm.step import Forward, heads_of, record, side_by_side
+from nanolm.tokenizer import Tokenizer
 
 __all__ = [
     "Decoder",
@@ -55,7 +57,7 @@ def packed(model: Transformer) -> tuple[Tensor, Tensor]:
     return torch.stack(layers), torch.stack(down)
 
 
-# %% book/11b-decode.md, exported cell 2 (c0a29c67)
+# %% book/11b-decode.md, exported cell 2 (5b49d050)
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -69,6 +71,12 @@ def draw(logits: Tensor, ids: list[int], config: SampleConfig, dice: torch.Gener
             return best
     options = {name: getattr(config, name) for name in FILTERS if hasattr(config, name)}
     return int(sample_logits(logits, **options, generator=dice))
+
+
+def sent(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Values as a tensor on a device; where that is a GPU, nobody waits until they are there."""
+    found = torch.tensor(values)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
 def fill(cache: KVCache, where: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -552,7 +560,7 @@ def settle_kernel(BEST, WORD, STATE, IDS, steps, B, T, TILES: tl.constexpr, BTIL
             tl.store(STATE + b * 4 + 2, drawn + i + 1)
 
 
-# %% book/11b-decode.md, exported cell 10 (036a0158)
+# %% book/11b-decode.md, exported cell 10 (0e5b1b89)
 def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << (n - 1).bit_length()
@@ -561,7 +569,7 @@ def power_of_two(n: int) -> int:
 def settings_of(config: SampleConfig) -> list[float]:
     """1 / temperature, whether to draw, top_k, top_p, min_p, penalty; filters only for a draw."""
     if config.temperature < GREEDY_BELOW:
-        return [1, 0, 0, 1, 0, config.repetition_penalty]
+        return [1.0, 0, 0, 1, 0, config.repetition_penalty]
     filters = [config.top_k, config.top_p, getattr(config, "min_p", 0.0)]
     return [1 / config.temperature, 1, *filters, config.repetition_penalty]
 
@@ -643,11 +651,9 @@ class Kernels:
         configs: Sequence[SampleConfig],
     ) -> None:  # fmt: skip
         """New sequences in these rows: what `steps` must know of them, but for `place`."""
-        where = torch.tensor(rows, device=self.state.device)
-        state = torch.tensor([[0, -1, 0, seed] for seed in seeds])
-        self.state[where] = state.to(self.state.device)
-        numbers = torch.tensor([settings_of(config) for config in configs])
-        self.settings[where] = numbers.to(self.settings.device)
+        where, device = sent(rows, self.state.device), self.state.device
+        self.state[where, 2:] = sent([[0, seed] for seed in seeds], device)
+        self.settings[where] = sent([settings_of(config) for config in configs], device)
         for row, ids, config in zip(rows, prompts, configs, strict=True):
             if config.repetition_penalty != 1:
                 self.seen[row] = 0
@@ -656,9 +662,8 @@ class Kernels:
 
     def place(self, rows: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> None:
         """The tokens to be read next in these rows, and how many are in the cache already."""
-        where = torch.tensor(rows, device=self.state.device)
-        known = torch.tensor(list(zip(tokens, lengths, strict=True)), device=self.state.device)
-        self.state[where, :2] = known
+        where, device = sent(rows, self.state.device), self.state.device
+        self.state[where, :2] = sent(list(zip(tokens, lengths, strict=True)), device)
 
     def read(self, where: Tensor, ids: Tensor) -> None:
         """Fill these rows of the cache with ids (rows, T), which nothing precedes."""
@@ -671,8 +676,8 @@ class Kernels:
 
     def follow(self, where: Tensor, ids: Tensor) -> None:
         """Read ids (rows, T) by steps without a head, which find them where draws would be."""
-        tiles = triton.cdiv(self.vocab_size, self.plan.WORDS)
-        state, best = self.state.clone(), self.settings.new_zeros(ids.size(1), len(self.state), tiles)
+        tiles, state = triton.cdiv(self.vocab_size, self.plan.WORDS), self.state.clone()
+        best = self.settings.new_zeros(ids.size(1), len(state), tiles)
         word = torch.zeros_like(best, dtype=torch.int32)
         state[:, 1] = -1  # the other rows wait
         state[where, 0], state[where, 1] = ids[:, 0], 0
@@ -740,7 +745,7 @@ class Kernels:
             )  # fmt: skip
 
 
-# %% book/11b-decode.md, exported cell 11 (bdf31d66)
+# %% book/11b-decode.md, exported cell 11 (3cc97753)
 class Decoder:
     """Continues up to batch_size texts side by side, on memory allocated once.
 
@@ -783,14 +788,13 @@ class Decoder:
     def read(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Fill the cache of these rows with all but the last token of each prompt."""
         longest = max(map(len, prompts)) - 1
+        if longest:
+            padded = [[*ids[:-1], *[0] * (longest - len(ids) + 1)] for ids in prompts]
+            with torch.cuda.device_of(self.cache.keys):
+                self.engine.read(sent(rows, self.device), sent(padded, self.device))
         for row, ids in zip(rows, prompts, strict=True):
             self.lengths[row] = len(ids) - 1
         self.engine.place(rows, [ids[-1] for ids in prompts], [len(ids) - 1 for ids in prompts])
-        if longest:
-            padded = torch.tensor([[*ids[:-1], *[0] * (longest - len(ids) + 1)] for ids in prompts])
-            where = torch.tensor(rows, device=self.device)
-            with torch.cuda.device_of(self.cache.keys):
-                self.engine.read(where, padded.to(self.device))
 
     def put(
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]],
@@ -800,9 +804,9 @@ class Decoder:
         self.check(prompts)
         fresh = torch.Generator().seed() % 2**32  # not from the global state
         seeds = [fresh + j if c.seed is None else c.seed for j, c in enumerate(configs)]
+        self.read(rows, prompts)  # a GPU is at it while we go on
         with torch.inference_mode():
             self.engine.start(rows, prompts, seeds, configs)
-        self.read(rows, prompts)
         for row, config in zip(rows, configs, strict=True):
             self.configs[row] = config
 
@@ -826,8 +830,9 @@ class Decoder:
         return ids
 
 
-# %% book/11b-decode.md, exported cell 12 (7d3dc5aa)
+# %% book/11b-decode.md, exported cell 12 (bafcfaac)
 AT_ONCE = 64  # steps in a recording
+DIVERGED = "the logits hold NaN or infinity: the model has diverged"
 
 
 def decode(
@@ -888,6 +893,32 @@ def accept(done: list[int], found: list[int], most: int, stop_ids: Collection[in
     end = min((found.index(token) for token in stop_ids if token in found), default=len(found))
     kept = found[:end]
     if -2 in kept:
-        raise ValueError("the logits hold NaN or infinity: the model has diverged")
+        raise ValueError(DIVERGED)
     done += kept[: kept.index(-1)] if -1 in kept else kept
     return end < len(found) or len(done) == most
+
+
+# %% book/11b-decode.md, exported cell 13 (870c7151)
+def continue_text(decoder: Decoder, text: Text) -> Iterator[str]:
+    """Continue a text in the first row of a decoder: what may be shown of it, as it comes.
+
+    As `continue_texts`, but tokens have no probabilities (NaN). Raises ValueError as `decode` does.
+    """
+    check_prompt(decoder.model, text.ids, text.config, text.ends)
+    decoder.put([0], [text.ids], [text.config])
+    while text.made < text.config.max_tokens and not text.finish:
+        text.slid |= decoder.lengths[0] == decoder.config.max_seq_len
+        slide(decoder, {0: text.ids})
+        for token in decoder.steps(AT_ONCE)[0].tolist():
+            if token == -1 or text.finish:  # the row is full, or the text over
+                break
+            if token == -2:
+                raise ValueError(DIVERGED)
+            yield text.take(Token(token, math.nan, math.nan))[0]
+    decoder.free([0])
+
+
+def decoder_of(model: Transformer, tokenizer: Tokenizer) -> Decoder:
+    """A decoder of one text of this tokenizer, in bfloat16."""
+    size = min(tokenizer.vocab_size, model.config.vocab_size)
+    return Decoder(model, vocab_size=size, dtype=torch.bfloat16)
