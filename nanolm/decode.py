@@ -560,7 +560,7 @@ def settle_kernel(BEST, WORD, STATE, IDS, steps, B, T, TILES: tl.constexpr, BTIL
             tl.store(STATE + b * 4 + 2, drawn + i + 1)
 
 
-# %% book/11b-decode.md, exported cell 10 (0e5b1b89)
+# %% book/11b-decode.md, exported cell 10 (1116c8f3)
 def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << (n - 1).bit_length()
@@ -618,7 +618,7 @@ def choose_plan(config: ModelConfig, batch_size: int, device: torch.device) -> P
     return TUNED[-1]  # teams of one wait for nobody
 
 
-SHORT = 32  # tokens of a prompt that are read by steps
+SHORT = 32  # tokens at most that are read by steps
 
 
 class Kernels:
