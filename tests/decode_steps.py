@@ -113,7 +113,8 @@ def main(path, work):
             for name, short in (("whole", 0), ("steps", 99)):
                 row[name] = round(reading_ms(model, row["texts"], row["tokens"], short), 2)
         about = machine()
-        kept["reading"] |= {"date": about["date"], "machine": about["machine"], "rows": rows}
+        known = {"date": about["date"], "machine": about["machine"], "rows": rows}
+        kept["reading"] = kept.get("reading", {}) | known
         path.write_text(json.dumps(kept, indent=1))
         return
     kept |= {"what": "steps of the decoder", "command": "python tests/decode_steps.py"} | machine()
