@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 0b84ad27
+# The seal of all that stands in no cell: 0a5a82bc
 """`nanolm.__main__`, derived in the book, where each line has its reason:
 
 - book/16-command-line.md: The command line
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import json
@@ -200,12 +201,25 @@ def file_prompts(path: str) -> list[str]:
     return found
 
 
-# %% book/16-command-line.md, exported cell 7 (5d59cf55)
-def show(found: Checkpoint, text: Text, prompt: str) -> None:
+# %% book/16-command-line.md, exported cell 7 (3afba909)
+Writer = Callable[[Text], Iterator[str]]
+
+
+def writer(found: Checkpoint) -> Writer:
+    """What continues a text for a person, piece by piece: on a GPU a decoder, in bfloat16."""
+    model, tokenizer = found.model, found.tokenizer
+    if model.embedding.weight.is_cuda:
+        from nanolm.decode import continue_text, decoder_of  # which a CPU need not import
+
+        return functools.partial(continue_text, decoder_of(model, tokenizer))
+    return lambda text: (piece for _, piece, _ in continue_texts(model, tokenizer, [text]))
+
+
+def show(found: Checkpoint, write: Writer, text: Text, prompt: str) -> None:
     """Print a prompt and its continuation, piece by piece, and say aside if a beginning is lost."""
     told = False
     print(prompt, end="", flush=True)
-    for _, piece, _ in continue_texts(found.model, found.tokenizer, [text]):
+    for piece in write(text):
         print(piece, end="", flush=True)
         if text.slid and not told:
             told = True
@@ -264,12 +278,13 @@ def sample_command(args: argparse.Namespace) -> int:
     if args.json or args.box:
         print_batch(args, found, texts, given)
         return 0
+    write = writer(found)
     for text, prompt in zip(texts, given, strict=True):
-        show(found, text, prompt)
+        show(found, write, text, prompt)
     return 0
 
 
-# %% book/16-command-line.md, exported cell 8 (5307e07e)
+# %% book/16-command-line.md, exported cell 8 (8a9d2a7e)
 HOW = """text       the model goes on from it
 Enter      it goes on from where it stopped, or begins a new text
 /temperature 0.5, /top-p 0.9 ...  sets an option; / alone shows all; /help explains them
@@ -315,7 +330,7 @@ def changed(config: SampleConfig, line: str) -> SampleConfig:
 def session(found: Checkpoint, config: SampleConfig) -> int:
     """Ask for prompts and continue them, until Ctrl-D."""
     say_aside(HOW)
-    last: list[int] = []  # the ids to go on from
+    write, last = writer(found), list[int]()  # the ids to go on from
     half = max(found.model.config.max_seq_len // 2, 1)
     with remembered(), contextlib.suppress(EOFError):
         while True:
@@ -329,7 +344,7 @@ def session(found: Checkpoint, config: SampleConfig) -> int:
             try:
                 text = Text(found.tokenizer, line or last[-half:], config)
                 check_prompt(found.model, text.ids, config, text.ends)
-                show(found, text, line)
+                show(found, write, text, line)
             except ValueError as error:
                 say_aside(str(error))  # a person may try another prompt
                 continue

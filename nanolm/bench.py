@@ -808,8 +808,8 @@ def bench_optim(
     )  # fmt: skip
 
 
-# %% book/14-bench.md, exported cell 25 (8b1210c7)
-Writer = Callable[[Tensor, int], Tensor]  # prompts (B, T) and a number of tokens to ids (B, n)
+# %% book/14-bench.md, exported cell 25 (678650bc)
+Writer = Callable[[Tensor, int], Any]  # prompts (B, T) and a number of tokens to ids (B, n)
 LLAMA_NAMES = {
     "embedding": "model.embed_tokens", "blocks": "model.layers", "attn": "self_attn",
     "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
@@ -823,11 +823,10 @@ def our_writer(model: Transformer) -> Writer:
 
     kept: list[Decoder] = []
 
-    def write(prompts: Tensor, n: int) -> Tensor:
+    def write(prompts: Tensor, n: int) -> list[list[int]]:
         if not kept:
             kept.append(Decoder(model, len(prompts)))
-        config = SampleConfig(max_tokens=n, temperature=0.0)
-        return torch.tensor(decode(kept[0], prompts.tolist(), config))
+        return decode(kept[0], prompts.tolist(), SampleConfig(max_tokens=n, temperature=0.0))
 
     return write
 
@@ -836,11 +835,11 @@ def loop_writer(model: Transformer) -> Writer:
     """The loop of the chapter on sampling."""
     from nanolm.sample import SampleConfig, generate_ids
 
-    def write(prompts: Tensor, n: int) -> Tensor:
+    def write(prompts: Tensor, n: int) -> list[list[int]]:
         if len(prompts) > 8:
             raise RuntimeError("one text after the other")
         config = SampleConfig(max_tokens=n, temperature=0.0)
-        return torch.tensor([[*generate_ids(model, ids, config)] for ids in prompts.tolist()])
+        return [[*generate_ids(model, ids, config)] for ids in prompts.tolist()]
 
     return write
 
@@ -873,7 +872,7 @@ WRITERS: dict[str, Callable[[Transformer], Writer]] = {
 }
 
 
-# %% book/14-bench.md, exported cell 26 (6fa38bc7)
+# %% book/14-bench.md, exported cell 26 (8ae9c74c)
 def single(function: Callable, device: str) -> Sampler:
     """A sampler of single calls, which last long enough for any clock."""
     clock = waited if torch.device(device).type == "cuda" else time.perf_counter
@@ -925,7 +924,7 @@ def bench_decode(
             if made:
                 return made[0](prompts, n)
             made.append(make(model))
-            return (likelihood(exact, prompts, made[0](prompts, n)),)
+            return (likelihood(exact, prompts, torch.as_tensor(made[0](prompts, n))),)
 
         return call
 

@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 24928d55
+# The seal of all that stands in no cell: eb031e4a
 """`nanolm.decode`, derived in the book, where each line has its reason:
 
 - book/11b-decode.md: Tokens as fast as they come
@@ -9,7 +9,7 @@ with `python -m nanolm.tangle --update`.
 
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanolm.batch import Text, Token
 from nanolm.flash import LOG2_E
 from nanolm.interpret import has_triton, interpreting, repair_bfloat16, tl, triton
 from nanolm.model import KVCache, ModelConfig, Transformer
@@ -28,6 +29,7 @@ from nanolm.sample import (
     sample_logits,
 )
 from nanolm.step import Forward, heads_of, record, side_by_side
+from nanolm.tokenizer import Tokenizer
 
 __all__ = [
     "Decoder",
@@ -55,7 +57,7 @@ def packed(model: Transformer) -> tuple[Tensor, Tensor]:
     return torch.stack(layers), torch.stack(down)
 
 
-# %% book/11b-decode.md, exported cell 2 (d3370efb)
+# %% book/11b-decode.md, exported cell 2 (5b49d050)
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -69,6 +71,18 @@ def draw(logits: Tensor, ids: list[int], config: SampleConfig, dice: torch.Gener
             return best
     options = {name: getattr(config, name) for name in FILTERS if hasattr(config, name)}
     return int(sample_logits(logits, **options, generator=dice))
+
+
+def sent(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Values as a tensor on a device; where that is a GPU, nobody waits until they are there."""
+    found = torch.tensor(values)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+
+
+def fill(cache: KVCache, where: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Put keys and values (L, rows, H_kv, T, D) where these rows of the cache begin."""
+    cache.keys[:, where, :, : keys.size(3)] = keys
+    cache.values[:, where, :, : keys.size(3)] = values
 
 
 class Plain:
@@ -97,13 +111,13 @@ class Plain:
     def place(self, rows: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> None:
         """The tokens to be read next in these rows; here they are known already."""
 
-    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (L, B, H_kv, T, D) of ids (B, T), which nothing precedes."""
+    def read(self, where: Tensor, ids: Tensor) -> None:
+        """Fill these rows of the cache with ids (rows, T), which nothing precedes."""
         c, (B, T) = self.config, ids.shape
         room = c.n_layer, B, c.n_kv_head, T, c.head_dim
         cache = KVCache(*room, ids.device, self.norm.dtype)
         self.model.hidden(ids, cache)
-        return cache.keys, cache.values
+        fill(self.cache, where, cache.keys, cache.values)
 
     def logits(self, rows: list[int], lengths: list[int]) -> Tensor:
         """Read the last id of each row, behind `lengths` others; logits (rows, V) of the next."""
@@ -546,7 +560,7 @@ def settle_kernel(BEST, WORD, STATE, IDS, steps, B, T, TILES: tl.constexpr, BTIL
             tl.store(STATE + b * 4 + 2, drawn + i + 1)
 
 
-# %% book/11b-decode.md, exported cell 10 (b3f417d9)
+# %% book/11b-decode.md, exported cell 10 (1116c8f3)
 def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << (n - 1).bit_length()
@@ -555,7 +569,7 @@ def power_of_two(n: int) -> int:
 def settings_of(config: SampleConfig) -> list[float]:
     """1 / temperature, whether to draw, top_k, top_p, min_p, penalty; filters only for a draw."""
     if config.temperature < GREEDY_BELOW:
-        return [1, 0, 0, 1, 0, config.repetition_penalty]
+        return [1.0, 0, 0, 1, 0, config.repetition_penalty]
     filters = [config.top_k, config.top_p, getattr(config, "min_p", 0.0)]
     return [1 / config.temperature, 1, *filters, config.repetition_penalty]
 
@@ -604,6 +618,9 @@ def choose_plan(config: ModelConfig, batch_size: int, device: torch.device) -> P
     return TUNED[-1]  # teams of one wait for nobody
 
 
+SHORT = 32  # tokens at most that are read by steps
+
+
 class Kernels:
     """Steps of a `Decoder` by the kernels; recorded, where they are not interpreted."""
 
@@ -634,11 +651,9 @@ class Kernels:
         configs: Sequence[SampleConfig],
     ) -> None:  # fmt: skip
         """New sequences in these rows: what `steps` must know of them, but for `place`."""
-        where = torch.tensor(rows, device=self.state.device)
-        state = torch.tensor([[0, -1, 0, seed] for seed in seeds])
-        self.state[where] = state.to(self.state.device)
-        numbers = torch.tensor([settings_of(config) for config in configs])
-        self.settings[where] = numbers.to(self.settings.device)
+        where, device = sent(rows, self.state.device), self.state.device
+        self.state[where, 2:] = sent([[0, seed] for seed in seeds], device)
+        self.settings[where] = sent([settings_of(config) for config in configs], device)
         for row, ids, config in zip(rows, prompts, configs, strict=True):
             if config.repetition_penalty != 1:
                 self.seen[row] = 0
@@ -647,16 +662,29 @@ class Kernels:
 
     def place(self, rows: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> None:
         """The tokens to be read next in these rows, and how many are in the cache already."""
-        where = torch.tensor(rows, device=self.state.device)
-        known = torch.tensor(list(zip(tokens, lengths, strict=True)), device=self.state.device)
-        self.state[where, :2] = known
+        where, device = sent(rows, self.state.device), self.state.device
+        self.state[where, :2] = sent(list(zip(tokens, lengths, strict=True)), device)
 
-    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (L, B, H_kv, T, D) of ids (B, T), which nothing precedes."""
+    def read(self, where: Tensor, ids: Tensor) -> None:
+        """Fill these rows of the cache with ids (rows, T), which nothing precedes."""
+        if self.plan.G > 1 and ids.size(1) <= SHORT:
+            return self.follow(where, ids)
         rows = [was.qkv for was in self.passes.there(ids)[3]]
         heads = [heads_of(qkv, len(ids), self.config.head_dim) for qkv in rows]
         _, keys, values = zip(*(x.split(self.passes.counts, 1) for x in heads), strict=True)
-        return torch.stack(keys), torch.stack(values)
+        fill(self.cache, where, torch.stack(keys), torch.stack(values))
+
+    def follow(self, where: Tensor, ids: Tensor) -> None:
+        """Read ids (rows, T) by steps without a head, which find them where draws would be."""
+        tiles, state = triton.cdiv(self.vocab_size, self.plan.WORDS), self.state.clone()
+        best = self.settings.new_zeros(ids.size(1), len(state), tiles)
+        word = torch.zeros_like(best, dtype=torch.int32)
+        state[:, 1] = -1  # the other rows wait
+        state[where, 0], state[where, 1] = ids[:, 0], 0
+        word[:-1, where] = ids.T[1:, :, None].int()
+        for i in range(ids.size(1)):
+            self.layers(i, state, best, word, {"TILES": tiles, "BTILES": power_of_two(tiles)})
+            self.parts.fill_(torch.nan)  # as the head does
 
     def steps(self, n: int, lengths: Sequence[int], configs: Sequence[SampleConfig]) -> Tensor:
         """The next n ids of each row, (B, n); -1 where a row is empty or full."""
@@ -683,7 +711,7 @@ class Kernels:
         word = torch.empty_like(best, dtype=torch.int32)
         ids, known = self.state.new_empty(B, n), {"TILES": tiles, "BTILES": power_of_two(tiles)}
         for i in range(n):
-            self.layers(i, best, word, known)
+            self.layers(i, self.state, best, word, known)
             BK, BM = min(power_of_two(c.d_model), 256), min(max(power_of_two(B), 16), 64)
             head_kernel[heads, triton.cdiv(B, BM)](
                 self.hidden, self.weight, self.logits, self.parts, self.settings, self.state,
@@ -698,16 +726,18 @@ class Kernels:
         settle_kernel[(B,)](best, word, self.state, ids, n, B, c.max_seq_len, **known)
         return ids
 
-    def layers(self, i: int, best: Tensor, word: Tensor, known: dict[str, int]) -> None:
+    def layers(
+        self, i: int, state: Tensor, best: Tensor, word: Tensor, known: dict[str, int]
+    ) -> None:
         """The layers of step i: one launch, or one for each half of a layer and one to end."""
-        c, B, plan = self.config, len(self.state), self.plan
+        c, B, plan = self.config, len(state), self.plan
         split = plan.SPLIT and plan.G > 1
         BD, BT = power_of_two(c.d_model), min(plan.BT, max(power_of_two(c.max_seq_len), 16))
         warps = max(min(plan.num_warps, plan.G * BD // 32), 1)  # no part is read by two threads
         for only in range(2 * c.n_layer + 1) if split else [0]:
             layers_kernel[(B * plan.G,)](
                 self.pack, self.down, self.weight, self.norm, *self.tables, self.cache.keys,
-                self.cache.values, self.parts, self.hidden, best, word, self.state, i, only, B,
+                self.cache.values, self.parts, self.hidden, best, word, state, i, only, B,
                 c.max_seq_len, c.norm_eps, LOG2_E * c.head_dim**-0.5,
                 L=c.n_layer, H=c.n_head, HKV=c.n_kv_head, DH=c.head_dim, D=c.d_model,
                 BD=BD, F=c.d_ff, BF=plan.BF, G=plan.G, BT=BT,
@@ -715,7 +745,7 @@ class Kernels:
             )  # fmt: skip
 
 
-# %% book/11b-decode.md, exported cell 11 (548a79e2)
+# %% book/11b-decode.md, exported cell 11 (3cc97753)
 class Decoder:
     """Continues up to batch_size texts side by side, on memory allocated once.
 
@@ -759,16 +789,12 @@ class Decoder:
         """Fill the cache of these rows with all but the last token of each prompt."""
         longest = max(map(len, prompts)) - 1
         if longest:
-            padded = torch.tensor([[*ids[:-1], *[0] * (longest - len(ids) + 1)] for ids in prompts])
-            where = torch.tensor(rows, device=self.device)
+            padded = [[*ids[:-1], *[0] * (longest - len(ids) + 1)] for ids in prompts]
             with torch.cuda.device_of(self.cache.keys):
-                keys, values = self.engine.read(padded.to(self.device))
-            self.cache.keys[:, where, :, :longest] = keys
-            self.cache.values[:, where, :, :longest] = values
+                self.engine.read(sent(rows, self.device), sent(padded, self.device))
         for row, ids in zip(rows, prompts, strict=True):
             self.lengths[row] = len(ids) - 1
-        last = [ids[-1] for ids in prompts]
-        self.engine.place(rows, last, [len(ids) - 1 for ids in prompts])
+        self.engine.place(rows, [ids[-1] for ids in prompts], [len(ids) - 1 for ids in prompts])
 
     def put(
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]],
@@ -778,9 +804,9 @@ class Decoder:
         self.check(prompts)
         fresh = torch.Generator().seed() % 2**32  # not from the global state
         seeds = [fresh + j if c.seed is None else c.seed for j, c in enumerate(configs)]
+        self.read(rows, prompts)  # a GPU is at it while we go on
         with torch.inference_mode():
             self.engine.start(rows, prompts, seeds, configs)
-        self.read(rows, prompts)
         for row, config in zip(rows, configs, strict=True):
             self.configs[row] = config
 
@@ -804,8 +830,9 @@ class Decoder:
         return ids
 
 
-# %% book/11b-decode.md, exported cell 12 (c1552e48)
+# %% book/11b-decode.md, exported cell 12 (bafcfaac)
 AT_ONCE = 64  # steps in a recording
+DIVERGED = "the logits hold NaN or infinity: the model has diverged"
 
 
 def decode(
@@ -863,8 +890,35 @@ def slide(decoder: Decoder, texts: dict[int, list[int]]) -> None:
 def accept(done: list[int], found: list[int], most: int, stop_ids: Collection[int]) -> bool:
     """Append what was found to what is done; whether the text is complete."""
     found = found[: most - len(done)]
-    end = next((i for i, token in enumerate(found) if token in stop_ids), len(found))
-    if -2 in found[:end]:
-        raise ValueError("the logits hold NaN or infinity: the model has diverged")
-    done += [token for token in found[:end] if token >= 0]
+    end = min((found.index(token) for token in stop_ids if token in found), default=len(found))
+    kept = found[:end]
+    if -2 in kept:
+        raise ValueError(DIVERGED)
+    done += kept[: kept.index(-1)] if -1 in kept else kept
     return end < len(found) or len(done) == most
+
+
+# %% book/11b-decode.md, exported cell 13 (870c7151)
+def continue_text(decoder: Decoder, text: Text) -> Iterator[str]:
+    """Continue a text in the first row of a decoder: what may be shown of it, as it comes.
+
+    As `continue_texts`, but tokens have no probabilities (NaN). Raises ValueError as `decode` does.
+    """
+    check_prompt(decoder.model, text.ids, text.config, text.ends)
+    decoder.put([0], [text.ids], [text.config])
+    while text.made < text.config.max_tokens and not text.finish:
+        text.slid |= decoder.lengths[0] == decoder.config.max_seq_len
+        slide(decoder, {0: text.ids})
+        for token in decoder.steps(AT_ONCE)[0].tolist():
+            if token == -1 or text.finish:  # the row is full, or the text over
+                break
+            if token == -2:
+                raise ValueError(DIVERGED)
+            yield text.take(Token(token, math.nan, math.nan))[0]
+    decoder.free([0])
+
+
+def decoder_of(model: Transformer, tokenizer: Tokenizer) -> Decoder:
+    """A decoder of one text of this tokenizer, in bfloat16."""
+    size = min(tokenizer.vocab_size, model.config.vocab_size)
+    return Decoder(model, vocab_size=size, dtype=torch.bfloat16)

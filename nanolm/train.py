@@ -434,12 +434,18 @@ def validate(run: Run) -> tuple[str, float]:
     return f"  val {loss:.3f}" + ("" if floor is None else f"  floor {floor:.3f}"), loss
 
 
-# %% book/09-train.md, exported cell 15 (d0cc7365)
+# %% book/09-train.md, exported cell 15 (d8d7495f)
 def show_sample(run: Run) -> str:
     """A boxed sample of the model as it is, from the run's seed: always the same dice."""
-    prompt = run.config.sample_prompt
-    text = stream(run.model, run.tokenizer, prompt, SampleConfig(seed=run.config.seed))
-    return boxed(prompt + "".join(text), title=f"step {run.step}")
+    given = run.tokenizer, run.config.sample_prompt, SampleConfig(seed=run.config.seed)
+    if run.graphed is None:
+        pieces = stream(run.model, *given)
+    else:
+        from nanolm.batch import Text  # these are derived after this chapter
+        from nanolm.decode import continue_text, decoder_of
+
+        pieces = continue_text(decoder_of(run.model, run.tokenizer), Text(*given))
+    return boxed(given[1] + "".join(pieces), title=f"step {run.step}")
 
 
 # %% book/09-train.md, exported cell 16 (540fb520)

@@ -2,10 +2,11 @@
 
     python tests/decode_steps.py KEPT.json sweep
     python tests/decode_steps.py KEPT.json steps
+    python tests/decode_steps.py KEPT.json reading
 
 `sweep` times the plans beside each other; `steps` adds the ways from the plain loop to the kernels,
-with the fastest plans. A number in their place runs one plan and keeps nothing, so that several
-processes can compile for the others beforehand.
+with the fastest plans; `reading` times prompts of several lengths, read both ways. A number in
+their place runs one plan and keeps nothing, so that several processes can compile for the others.
 """
 
 import json
@@ -20,6 +21,7 @@ from nanolm.decode import Decoder, Plan, choose_plan
 from nanolm.model import ModelConfig, Transformer
 from nanolm.sample import SampleConfig, generate_ids
 
+module = sys.modules["nanolm.decode"]  # the package hands out the function of that name
 GREEDY, DRAWN = SampleConfig(temperature=0.0), SampleConfig(seed=1)
 FILTERED = SampleConfig(top_k=50, top_p=0.9, seed=1)
 ONE = [Plan(8, BT=BT, num_warps=warps) for BT in (256, 512) for warps in (8, 16)]
@@ -67,6 +69,22 @@ def loop_us(model, n=64):
     return found[1]
 
 
+@torch.inference_mode()
+def reading_ms(model, B, tokens, short):
+    """Milliseconds to read B prompts, the median of 7; by steps, if not above `short` tokens."""
+    decoder, found = Decoder(model, B), []
+    where, ids = torch.arange(B, device="cuda"), torch.randint(32000, (B, tokens), device="cuda")
+    before, module.SHORT = module.SHORT, short
+    for _ in range(10):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        decoder.engine.read(where, ids)
+        torch.cuda.synchronize()
+        found.append(1e3 * (time.perf_counter() - begin))
+    module.SHORT = before
+    return sorted(found[3:])[3]
+
+
 def ways(config, one, many):
     """Every way of the chapter but the loop: its name, how many texts, and options to time it."""
     for B, plan in ((1, one), (64, many)):
@@ -88,6 +106,16 @@ def main(path, work):
     if work.isdigit():  # one of the plans, to have it compiled
         plan, B = SWEEP[int(work)]
         step_us(model, B, plan=plan, steps=64)
+        return
+    if work == "reading":
+        rows = [{"texts": B, "tokens": n} for B in (1, 64) for n in (15, 31, 63)]
+        for row in rows:
+            for name, short in (("whole", 0), ("steps", 99)):
+                row[name] = round(reading_ms(model, row["texts"], row["tokens"], short), 2)
+        about = machine()
+        known = {"date": about["date"], "machine": about["machine"], "rows": rows}
+        kept["reading"] = kept.get("reading", {}) | known
+        path.write_text(json.dumps(kept, indent=1))
         return
     kept |= {"what": "steps of the decoder", "command": "python tests/decode_steps.py"} | machine()
     if work == "sweep":

@@ -17,19 +17,24 @@ from apart import NO_TRITON, compiled_rows, python
 from place import DEVICE, on_gpu, with_kernels
 from seeded import one_seed  # noqa: F401
 
+from nanolm.batch import Text
 from nanolm.decode import (
     Decoder,
     Kernels,
     Plan,
     choose_plan,
+    continue_text,
     decode,
+    decoder_of,
     fits,
     packed,
     programs_at_once,
+    settings_of,
 )
 from nanolm.interpret import checked, interpreting
 from nanolm.model import ModelConfig, Transformer
-from nanolm.sample import SampleConfig, filter_logits, generate_ids
+from nanolm.sample import SampleConfig, filter_logits, generate, generate_ids
+from nanolm.tokenizer import Tokenizer
 
 module = sys.modules["nanolm.decode"]  # the package hands out the function of that name
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +45,13 @@ SMALL = dict(vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, d_model=64, d_ff=4
 GREEDY = SampleConfig(max_tokens=3, temperature=0.0)
 WAITS = not interpreting()
 PLANS = [Plan(1, BT=16, BF=16, WORDS=32), Plan(4, not WAITS, BT=32, BF=16)]
+
+
+@pytest.fixture(autouse=True)
+def few_are_short(monkeypatch):
+    """To read by steps takes long where they are interpreted."""
+    if interpreting():
+        monkeypatch.setattr(module, "SHORT", 4)
 
 
 def some_model(dtype=torch.float32, device="cpu", **changes):
@@ -102,6 +114,36 @@ def test_stop_ids_end_a_text_and_free_its_row():
     decoder = Decoder(model, 2)
     assert decode(decoder, prompts, config, stop_ids=(5, 6, 7)) == right
     assert decoder.lengths == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stop": ("ab", "\n")}, {"stop_tokens": ("e", "a")}, {"max_tokens": 3}]
+)
+def test_a_text_by_the_decoder_is_that_of_the_stream(options):
+    model, tokenizer = some_model(vocab_size=300), Tokenizer(())
+    decoder, ends = Decoder(model, vocab_size=tokenizer.vocab_size), []
+    for seed in range(6):
+        config = SampleConfig(**{"max_tokens": 90, "temperature": 2.0, "seed": seed} | options)
+        text = Text(tokenizer, "a tale", config)
+        found = list(continue_text(decoder, text))
+        assert "".join(found) == generate(model, tokenizer, "a tale", config)
+        assert text.slid == (len(text.ids) > 24) and decoder.lengths == [-1]
+        ends.append(text.finish)
+    assert "stop" in ends or "max_tokens" in options
+
+
+def test_a_text_of_a_diverged_model_is_an_error():
+    model = some_model(vocab_size=300)
+    model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="diverged"):
+        list(continue_text(Decoder(model), Text(Tokenizer(()), "a")))
+
+
+def test_a_decoder_for_a_tokenizer():
+    model, small = some_model(vocab_size=300), some_model(vocab_size=200)
+    assert decoder_of(model, Tokenizer(())).engine.vocab_size == 257
+    assert decoder_of(small, Tokenizer(())).engine.vocab_size == 200
+    assert decoder_of(model, Tokenizer(())).engine.norm.dtype == torch.bfloat16
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn():
@@ -229,6 +271,31 @@ def test_kernels_slide_and_stop_like_the_loop():
     stop = right[0][4]
     right = looped(model, prompts, config, [stop])
     assert decode(by_kernels(model, 2, PLANS[0]), prompts, config, [stop]) == right
+
+
+@with_kernels
+@pytest.mark.parametrize("longest", [1, 2, 4, 5, 33])
+def test_prompts_are_read_by_steps_or_by_the_whole_pass(longest):
+    """Beside a row that is under way, and whose cache is not to change."""
+    model = some_model(n_layer=1, max_seq_len=40)
+    texts = some_prompts(5, longest + 1, 1 + longest // 2)
+    decoder = by_kernels(model, 4, PLANS[1])
+    right = model.new_cache(2)
+    padded = [[*ids, *[0] * (longest + 1 - len(ids))] for ids in texts[1:]]
+    model.hidden(torch.tensor(padded, device=DEVICE), right)
+    with watched():
+        decoder.put([2], texts[:1], [GREEDY])
+        before = [part[:, 2].clone() for part in (decoder.cache.keys, decoder.cache.values)]
+        decoder.put([3, 0], texts[1:], [GREEDY] * 2)
+    for part, old, new in zip(
+        (decoder.cache.keys, decoder.cache.values), before, (right.keys, right.values), strict=True
+    ):
+        assert torch.equal(part[:, 2], old) and not part[:, 1].any()
+        for row, i in ((3, 0), (0, 1)):
+            end = len(texts[1 + i]) - 1
+            assert torch.allclose(part[:, row, :, :end], new[:, i, :, :end], atol=1e-5)
+    assert torch.isnan(decoder.engine.parts).all(), "the places of the parts are empty again"
+    assert decoder.engine.state[:, 1].tolist() == [longest // 2, -1, 4, longest]
 
 
 def kernel_logits(model, texts, plan):
@@ -403,6 +470,11 @@ def test_min_p_and_penalty():
     found = set(chosen(engine, 1).flatten().tolist())  # 3 / 4, 2.9 and 2, of which 2.9 - ln 5 stay
     assert found == {1, 2}
     assert engine.seen[:, 1:3].sum() == 50, "what is drawn has occurred"
+
+
+def test_settings_are_floats_whatever_was_given():
+    config = SampleConfig(temperature=0, repetition_penalty=2)
+    assert torch.tensor([settings_of(config)]).dtype == torch.float32
 
 
 @with_kernels

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from place import on_gpu
 
 from nanolm.data import Batches, TokenData, prepare, read_documents
 from nanolm.model import ModelConfig, Transformer
@@ -263,6 +264,25 @@ def test_evaluation_does_not_disturb_training(config, whole):
     run = train(MODEL, often, log=quiet)
     a, b = tensors(run), tensors(whole)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@on_gpu
+def test_samples_by_the_decoder_do_not_disturb_training(config):
+    """On a GPU it records and launches beside the step's own recording."""
+    exact, made = replace(config, deterministic=True), []
+    for name, every in (("with", 8), ("without", 0)):
+        made.append(tensors(train(MODEL, replace(exact, name=name, sample_every=every), log=quiet)))
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[1])
+
+
+def test_a_sample_by_the_decoder_changes_nothing(config):
+    run = loop.open_run(MODEL, config, resume=False, log=quiet, progress=False)
+    plain, before = loop.show_sample(run), [p.clone() for p in run.model.parameters()]
+    run.graphed, state = object(), torch.get_rng_state()
+    boxes = [loop.show_sample(run) for _ in range(2)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, before, run.model.parameters()))
+    assert boxes[0] == boxes[1] and boxes[0].startswith("┌─ step 0") and plain[:10] == boxes[0][:10]
 
 
 def test_evaluation_is_the_same_every_time_and_whatever_the_seed(config, prepared):
