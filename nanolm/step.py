@@ -301,7 +301,7 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 7 (7fe1072f)
+# %% book/09b-step.md, exported cell 7 (789b280b)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
@@ -332,7 +332,8 @@ class GraphedStep:
         self.held = [p for rows in self.rows for p in rows.group["params"]]
         self.addresses = self.whereabouts()
         self.batch = torch.zeros(0)
-        self.replays: dict[Any, tuple[Any, Any, Any]] = {}
+        self.replays: dict[str, tuple[Any, Any]] = {}  # by the optimizer's options
+        self.checks: dict[torch.Size, tuple[Any, Any, Any]] = {}  # by the shape of a batch
 
     def whereabouts(self) -> list[int]:
         """The addresses of the parameters and their moments."""
@@ -396,18 +397,19 @@ class GraphedStep:
         if options not in self.replays:
             kept, good = [[x.clone() for x in rows[:4]] for rows in self.rows], self.good.clone()
             try:
-                self.replays[options] = (None, *record(self.work))
+                self.replays[options] = record(self.work)
             finally:
                 self.good.copy_(good)
                 for rows, old in zip(self.rows, kept, strict=True):
                     torch._foreach_copy_(list(rows[:4]), old)
-        _, graph, (loss, norm) = self.replays[options]
+        graph, (loss, norm) = self.replays[options]
         graph.replay()
         return loss.clone(), norm.clone()
 
     def forget(self) -> None:
         """Drop the recordings: those of several processes hold on to what connects these."""
         self.replays.clear()
+        self.checks.clear()
 
     @torch.no_grad()
     def __call__(self, micro: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -426,10 +428,10 @@ class GraphedStep:
             return self.passes.loss(inputs, targets)
         given = torch.stack((inputs, targets))
         with torch.cuda.device_of(given):
-            if given.shape not in self.replays:
+            if given.shape not in self.checks:
                 place = given.clone()
-                self.replays[given.shape] = (place, *record(lambda: self.passes.loss(*place)))
-            place, graph, loss = self.replays[given.shape]
+                self.checks[given.shape] = (place, *record(lambda: self.passes.loss(*place)))
+            place, graph, loss = self.checks[given.shape]
             place.copy_(given)
             graph.replay()
             return loss.clone()

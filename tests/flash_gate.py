@@ -55,6 +55,11 @@ def thorough(card):
     return [Case(card, *rest) for rest in itertools.product(*axes)]
 
 
+def turned(case):
+    """Whether the gradients are also turned back, as in a training step."""
+    return case.causal and case.group == 4
+
+
 def compiled(case):
     """What each of the three kernels takes."""
     dtype, S = getattr(torch, case.dtype), case.T
@@ -64,11 +69,15 @@ def compiled(case):
     with compile_only(case.card) as found:
         out, lse = launch_forward(q, k, v, case.causal, 0.125)
         launch_backward(torch.empty_like(out), q, k, v, out, lse, case.causal, 0.125)
-        if case.causal and case.group == 4:  # as a step calls it
+        if turned(case):
             table = torch.empty(case.T, case.D // 2, device="meta")
             turn = {"turn": (table, table)}
             launch_backward(torch.empty_like(out), q, k, v, out, lse, True, 0.125, **turn)
-    return [{"case": str(case), "kernel": name} | resources(kernel) for name, kernel in found]
+    names = [str(case)] * 3 + [f"{case}-turned"] * 2
+    return [
+        {"case": name, "kernel": kind} | resources(kernel)
+        for name, (kind, kernel) in zip(names, found, strict=False)
+    ]
 
 
 if __name__ == "__main__":
