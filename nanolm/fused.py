@@ -185,18 +185,18 @@ def norm_back(
     return way(grad, x, scale, weight, beside, parts)
 
 
-# %% book/07b-fused.md, exported cell 4 (6e18e9d5)
-def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float = 1.0) -> None:
+# %% book/07b-fused.md, exported cell 4 (afdf6611)
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
     """Turn, in place, the first heads of rows x (B, T, W) by the angles of the tables (T, D/2)."""
     turned = x[..., : 2 * heads * cos.size(1)].unflatten(-1, (heads, 2, -1))
     a, b = turned.unbind(-2)  # (B, T, heads, D/2) each
-    cos, sin = cos[:, None], sin[:, None] * sign
+    cos, sin = cos[:, None], sin[:, None]
     turned.copy_(torch.stack((a * cos - b * sin, b * cos + a * sin), -2))
 
 
 @triton.jit
 def rotate_kernel(
-    X, COS, SIN, N, T, W, sign,
+    X, COS, SIN, N, T, W,
     PAIRS: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Turn the first PAIRS pairs of channels of a few rows."""
@@ -205,7 +205,7 @@ def rotate_kernel(
     here = (row < N)[:, None] & (pair < PAIRS)[None, :]
     angle = (row % T)[:, None] * HALF + (pair % HALF)[None, :]
     cos = tl.load(COS + angle, mask=here, other=0.0)
-    sin = tl.load(SIN + angle, mask=here, other=0.0) * sign
+    sin = tl.load(SIN + angle, mask=here, other=0.0)
     at = X + row.to(tl.int64)[:, None] * W + (pair // HALF * (2 * HALF) + pair % HALF)[None, :]
     a = tl.load(at, mask=here, other=0.0).to(tl.float32)
     b = tl.load(at + HALF, mask=here, other=0.0).to(tl.float32)
@@ -213,19 +213,19 @@ def rotate_kernel(
     tl.store(at + HALF, (b * cos + a * sin).to(X.dtype.element_ty), mask=here)
 
 
-def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float = 1.0) -> None:
+def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
     """What `plain_rotate` does, by the kernel."""
     (B, T, W), half = x.shape, cos.size(1)
     cols = triton.next_power_of_2(heads * half)
     known = rows_for(cols)
     grid = (triton.cdiv(B * T, known["ROWS"]),)
-    rotate_kernel[grid](x, cos, sin, B * T, T, W, sign, heads * half, half, cols, **known)
+    rotate_kernel[grid](x, cos, sin, B * T, T, W, heads * half, half, cols, **known)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float = 1.0) -> None:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
     """Turn, in place, the first heads of rows x (B, T, W) by the angles of the tables (T, D/2)."""
     way = launch_rotate if has_fused(2 * cos.size(1), x) else plain_rotate
-    way(x, cos, sin, heads, sign)
+    way(x, cos, sin, heads)
 
 
 # %% book/07b-fused.md, exported cell 5 (9b24ce44)

@@ -117,7 +117,7 @@ def test_rotation(B, T, heads, all_heads, D):
         ):  # fmt: skip
             turned = in_poison(value)
             with checked() if interpreting() else contextlib.nullcontext():
-                launch(turned, cos, sin, heads, sign)
+                launch(turned, cos, sign * sin, heads)
             results.append((turned,))
         as_near(*results)
         assert torch.equal(results[0][0][..., heads * D :], x[..., heads * D :])
@@ -131,7 +131,7 @@ def test_the_plain_rotation_is_the_models_and_turns_back():
     heads = x.view(2, 7, 3, 8).transpose(1, 2)
     right = torch.cat((apply_rotary(heads[:, :2], cos, sin), heads[:, 2:]), 1)
     assert torch.allclose(turned.view(2, 7, 3, 8).transpose(1, 2), right)
-    fused.plain_rotate(turned, cos, sin, 2, -1.0)
+    fused.plain_rotate(turned, cos, -sin, 2)
     assert torch.allclose(turned, x, atol=1e-6)
 
 
