@@ -560,7 +560,7 @@ def settle_kernel(BEST, WORD, STATE, IDS, steps, B, T, TILES: tl.constexpr, BTIL
             tl.store(STATE + b * 4 + 2, drawn + i + 1)
 
 
-# %% book/11b-decode.md, exported cell 10 (1116c8f3)
+# %% book/11b-decode.md, exported cell 10 (344c3069)
 def power_of_two(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << (n - 1).bit_length()
@@ -669,7 +669,8 @@ class Kernels:
         """Fill these rows of the cache with ids (rows, T), which nothing precedes."""
         if self.plan.G > 1 and ids.size(1) <= SHORT:
             return self.follow(where, ids)
-        rows = [was.qkv for was in self.passes.there(ids)[3]]
+        rows: list[Tensor] = []
+        self.passes.there(ids, lambda was: rows.append(was.qkv))
         heads = [heads_of(qkv, len(ids), self.config.head_dim) for qkv in rows]
         _, keys, values = zip(*(x.split(self.passes.counts, 1) for x in heads), strict=True)
         fill(self.cache, where, torch.stack(keys), torch.stack(values))

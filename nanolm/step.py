@@ -80,7 +80,7 @@ def layers_of(tensors: dict[str, Tensor], n_layer: int) -> list[LayerWeights]:
     ]
 
 
-# %% book/09b-step.md, exported cell 3 (e48daca9)
+# %% book/09b-step.md, exported cell 3 (5b7c8f4b)
 class Kept(NamedTuple):
     """What the way back needs of a layer."""
 
@@ -119,13 +119,16 @@ class Forward:
         self.places, self.place_of = layers_of(places, config.n_layer), places
         self.counts = config.n_head, config.n_kv_head, config.n_kv_head
 
-    def there(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Kept]]:
-        """Of ids (B, T): the last norm, the stream before it, its scale; and what to keep."""
+    def there(self, ids: Tensor, take: Callable[[Kept], Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of ids (B, T): the last norm, the stream before it, and its scale.
+
+        `take` is given what the way back needs of each layer, and may keep it.
+        """
         c = self.config
         if ids.dim() != 2 or not ids.numel() or ids.size(1) > c.max_seq_len:
             need = f"(batch, time), neither empty, and time at most {c.max_seq_len}"
             raise ValueError(f"ids must have shape {need}, not {tuple(ids.shape)}")
-        (B, T), kept = ids.shape, []
+        B, T = ids.shape
         if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
             raise ValueError(f"token ids must be in 0..{c.vocab_size - 1}")  # a GPU would wait
         cos, sin = (table[:T] for table in self.tables)
@@ -142,18 +145,18 @@ class Forward:
             mid, z, mid_scale = norm(x, added, layer.mlp_norm, c.norm_eps)
             both = z @ layer.gate_up.T
             mlp_out = gate(both)
-            kept.append(Kept(x, scale, y, qkv, out, lse, mid, mid_scale, z, both, mlp_out))
+            take(Kept(x, scale, y, qkv, out, lse, mid, mid_scale, z, both, mlp_out))
             x, y, scale = norm(mid, mlp_out @ layer.down_proj.T, next_norm, c.norm_eps)
-        return y, x, scale, kept
+        return y, x, scale
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of targets (B, T) after ids (B, T), and no gradient."""
         with torch.no_grad():
-            y = self.there(ids)[0]
+            y = self.there(ids, lambda was: None)[0]
             return linear_cross_entropy(y, self.embedding, targets.flatten())
 
 
-# %% book/09b-step.md, exported cell 4 (ef51527d)
+# %% book/09b-step.md, exported cell 4 (81a5a891)
 ALIVE = 2**30  # weights of words that may be alive at a time, 2 GB
 
 
@@ -208,7 +211,8 @@ class Passes(Forward):
             beside = Beside(self.second)
             with torch.cuda.stream(beside.stream):
                 order = by_word(words)
-        y, x, scale, kept = self.there(ids)
+        kept: list[Kept] = []
+        y, x, scale = self.there(ids, kept.append)
         place = self.place_of["embedding.weight"]
         given, rows = (place, y, self.embedding, targets.flatten()), ALIVE // len(self.embedding)
         loss, dy = loss_into(*given, beta=beta, rows=rows, beside=beside)

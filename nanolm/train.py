@@ -526,7 +526,7 @@ def restore(run: Run, log: Log) -> None:
         log(f"{run.folder} is already finished: it has done its {run.step} steps")
 
 
-# %% book/09-train.md, exported cell 19 (acbc639d)
+# %% book/09-train.md, exported cell 19 (c3ad7e3a)
 def build_run(
     model_config: ModelConfig, config: TrainConfig, team: Team, prepared: Any, log: Log
 ) -> Run:
@@ -562,8 +562,10 @@ def speed_up(run: Run) -> None:
         limits["latch"] = c.on_nan == "stop"
         run.graphed = GraphedStep(run.model, run.optimizer, **limits)
         run.loss_of = run.graphed.loss
-        if c.eval_every:  # recorded now, when everything takes time
+        if c.eval_every:  # made ready now, when everything takes time
             run.loss_of(*to_device(run.val_batches.batch(0), device))
+        if c.sample_every and run.team.main:
+            show_sample(run)
     else:
         run.shared_loss, run.before_last = run.team.share(run.model, run.loss_of)
 

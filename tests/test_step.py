@@ -1,6 +1,7 @@
 """The recorded step against the plain one, which test_train.py holds to the paper."""
 
 import copy
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -324,6 +325,16 @@ def test_the_gradients_are_autograds(shape):
     for (name, _), exactly in zip(model.named_parameters(), right, strict=True):
         found = step.passes.place_of[name]
         assert (found - exactly).norm() <= 1e-5 * exactly.norm(), name
+
+
+def test_a_layer_that_nobody_takes_is_not_kept():
+    ((model, optimizer), _) = pair()
+    passes, seen = exact(model, optimizer).passes, []
+    ((ids, _),) = micro_batches()
+    with torch.no_grad():
+        passes.there(ids, lambda was: seen.extend(map(weakref.ref, was)))
+    assert len(seen) == 11 * model.config.n_layer
+    assert not any(ref() is not None for ref in seen[:-11])
 
 
 @on_gpu
