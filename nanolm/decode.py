@@ -57,14 +57,15 @@ def packed(model: Transformer) -> tuple[Tensor, Tensor]:
     return torch.stack(layers), torch.stack(down)
 
 
-# %% book/11b-decode.md, exported cell 2 (5b49d050)
+# %% book/11b-decode.md, exported cell 2 (4fe6f129)
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
 def draw(logits: Tensor, ids: list[int], config: SampleConfig, dice: torch.Generator) -> int:
     """The next id after ids, as `generate_ids` draws it: the same seed gives the same id."""
     if config.repetition_penalty != 1:
-        logits = repetition_penalty(logits, ids, config.repetition_penalty)
+        known = [i for i in ids if i < len(logits)]  # others are not drawn
+        logits = repetition_penalty(logits, known, config.repetition_penalty)
     if config.temperature < GREEDY_BELOW:
         best = int(logits.argmax())  # where there is NaN, that is where
         if math.isfinite(logits[best]):
@@ -831,7 +832,7 @@ class Decoder:
         return ids
 
 
-# %% book/11b-decode.md, exported cell 12 (bafcfaac)
+# %% book/11b-decode.md, exported cell 12 (38adef41)
 AT_ONCE = 64  # steps in a recording
 DIVERGED = "the logits hold NaN or infinity: the model has diverged"
 
@@ -858,6 +859,8 @@ def decode(
     done: list[list[int]] = [[] for _ in prompts]
     waiting = list(range(len(prompts)))[::-1] if config.max_tokens else []
     busy: dict[int, int] = {}
+    if left_over := [row for row, length in enumerate(model.lengths) if length >= 0]:
+        model.free(left_over)  # of a call that ended with an error
     while waiting or busy:
         empty = [row for row in range(len(model.lengths)) if row not in busy][: len(waiting)]
         fresh = {row: waiting.pop() for row in empty}

@@ -481,7 +481,7 @@ def dkdv_kernel(
     store_tile(DV, dv_strides, b, h_kv, n, S, dv, 1, COLS, D)
 
 
-# %% book/06-flash.md, exported cell 12 (d189d62f)
+# %% book/06-flash.md, exported cell 12 (6a80b1df)
 def launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
@@ -490,9 +490,12 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What `tiled_backward` computes, by the kernels, with what `launch_forward` gave.
 
-    The gradients are written to `rooms`, like q, k and v, if there are any; those of q and k
-    turned back by the tables `turn`, if there are such (`turned_back`), where T is S.
+    The gradients are written to `rooms`, like q, k and v, if there are any, channels side by side;
+    those of q and k turned back by the tables `turn`, if there are such (`turned_back`).
     """
+    whole = turn and all(x.is_contiguous() and len(x) >= q.size(2) for x in turn)
+    if turn and not (whole and q.size(2) == k.size(2)):
+        raise ValueError("to turn back takes as many queries as keys, and whole tables of angles")
     dq, dk, dv = rooms or map(room_for, (q, k, v))
     grad, q, k, v, out = map(dense, (grad, q, k, v, out))
     (B, H, T, D), S = q.shape, k.size(2)
@@ -522,7 +525,7 @@ def launch_backward(
     return dq, dk, dv
 
 
-# %% book/06-flash.md, exported cell 13 (bceb77ad)
+# %% book/06-flash.md, exported cell 13 (b7e2fbdb)
 WIDTHS = (16, 32, 64, 128)  # channels of a head that the kernels take
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -564,9 +567,10 @@ def backward_into(
     rooms: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     lse: Tensor, causal: bool, scale: float, *, turn: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Write the gradients of q, k and v to the three rooms, whose strides may be any.
+    """Write the gradients of q, k and v to three rooms; channels must lie side by side there.
 
-    With tables `turn` (cosines and sines), of what q and k were before they were turned by these.
+    With tables `turn` (cosines and sines, a row for each position), the gradients of what q and k,
+    equally many, were before they were turned by these.
     """
     if has_kernel(q):
         launch_backward(grad, q, k, v, out, lse, causal, scale, rooms=rooms, turn=turn)

@@ -370,15 +370,16 @@ def add_rows(
         place.index_add_(0, ids, grad.to(place.dtype))
 
 
-# %% book/07b-fused.md, exported cell 7 (5e6aa374)
+# %% book/07b-fused.md, exported cell 7 (59b7ec44)
 def plain_clip(
     grads: list[Tensor], loss: Tensor, good: Tensor, count: int, limit: float, latch: bool
 ) -> tuple[Tensor, Tensor]:
     """The joint length of sums of `count` gradients over count; what to multiply the sums with.
 
-    `good`, a scalar, becomes whether that and the loss are finite; with `latch`, and it was True.
+    `good`, a scalar, becomes whether that and the loss are finite; with `latch`, and whether it
+    was so before: what is not good once stays so, until somebody has looked into it.
     """
-    norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm() / count
+    norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt() / count
     now = (loss + norm).isfinite()
     good.copy_(now & good if latch else now)
     return norm, (limit / (norm + 1e-6)).clamp(max=1.0) / count

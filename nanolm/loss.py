@@ -183,7 +183,7 @@ def weigh_kernel(
     tl.store(SUMS + tl.program_id(1) * N + row, total, mask=row < N)
 
 
-# %% book/07-loss.md, exported cell 4 (f08fd98a)
+# %% book/07-loss.md, exported cell 4 (5b03cc76)
 @triton.jit
 def careful_sums(
     X, W, x, m, N, V,
@@ -240,7 +240,7 @@ def settle_kernel(
     loss = tl.where(ignored | (loss < 0.0), 0.0, loss)
     tl.store(LOSS + row, loss, mask=row < N)
     if STORE:
-        scale = tl.where(real, tl.load(SHARE) / z, 0.0)
+        scale = tl.where(ignored, 0.0, tl.load(SHARE) / z)  # no number where there is no word
         tl.store(SCALE + row, scale, mask=row < N)
         for d in tl.range(0, D, PART):
             scaled = load_part(X, m, d, N, D, PART, ROWS, False).to(tl.float32) * scale[:, None]

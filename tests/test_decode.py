@@ -6,6 +6,7 @@ tests run them for real, recorded, with teams whose programs wait for each other
 
 import contextlib
 import copy
+import math
 import sys
 import textwrap
 from dataclasses import replace
@@ -580,3 +581,20 @@ def test_replays_follow_rows_and_settings():
     assert decode(decoder, prompts, drawn) == decode(decoder, prompts[:2], drawn) + [
         decode(decoder, prompts[2:], replace(drawn, seed=3))[0]
     ]
+
+
+def test_an_error_leaves_nothing_behind():
+    """The rows of a call that failed are not drawn from again, whatever they hold."""
+    model = Transformer(ModelConfig(**SMALL | {"vocab_size": 61}))
+    model.embedding.weight.data[5] = math.nan
+    decoder, config = Decoder(model, 2, vocab_size=5), SampleConfig(max_tokens=3, temperature=0.0)
+    with pytest.raises(ValueError, match="diverged"):
+        decode(decoder, [[3], [5]], config)
+    assert decode(decoder, [[3]], config) == decode(model, [[3]], config, vocab_size=5)
+
+
+def test_a_penalty_for_ids_that_are_not_drawn():
+    model = Transformer(ModelConfig(**SMALL | {"vocab_size": 61}))
+    config = SampleConfig(max_tokens=4, temperature=0.0, repetition_penalty=1.3)
+    found = decode(Decoder(model, 1, vocab_size=50), [[55, 3]], config)
+    assert len(found[0]) == 4 and max(found[0]) < 50

@@ -354,6 +354,18 @@ def test_gradients_turned_back_are_those_of_what_was_turned(T, D, heads, group, 
         assert (found - exact).norm() <= 1e-5 * exact.norm()
 
 
+@with_kernels
+def test_tables_that_cannot_be_are_refused():
+    q, k, v, grad = some(8, 12, D=16)
+    out, lse = launch_forward(q, k, v, True, 0.2)
+    good = [x.to(DEVICE) for x in rotary_tables(12, 16)]
+    apart = [torch.stack((x, x), -1)[..., 0] for x in good]
+    for keys, tables in ((12, good), (8, [x[:7] for x in good]), (8, apart)):
+        given = grad, q, k[:, :, :keys], v[:, :, :keys], out, lse, True, 0.2
+        with pytest.raises(ValueError, match="whole tables"):
+            launch_backward(*given, turn=tables)
+
+
 def test_autocast_on_a_cpu_rounds_nothing():
     q, k, v, _ = (x.cpu() for x in some(20, group=2))
     with torch.autocast("cpu", torch.bfloat16):

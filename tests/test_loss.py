@@ -477,6 +477,15 @@ def test_without_triton_plain_pytorch_does_it():
     assert python(NO_TRITON + PLAIN, CUDA_VISIBLE_DEVICES="") == f"{round(math.log(8), 4)} False\n"
 
 
+@with_kernels
+def test_a_target_that_is_no_word_spoils_all_gradients():
+    x, w = torch.randn(70, 32).to(DEVICE, BF16), torch.randn(90, 32).to(DEVICE, BF16)
+    t = torch.randint(90, (70,)).to(DEVICE)
+    t[3], t[5] = 90, -100
+    value, d_x, d_w = loss.launch_loss(x, w, t, -100, True)
+    assert value.isnan() and d_x[:5].isnan().all() and d_w.isnan().all()
+
+
 # ---- compiled for cards that are not here ------------------------------------------------------
 
 
