@@ -287,7 +287,7 @@ def kl_divergence(model: Transformer, reference: Transformer, ids: Tensor, mask:
     return (p.exp() * (p - q)).sum(-1)
 
 
-# %% book/12-dpo.md, exported cell 9 (f90695b9)
+# %% book/12-dpo.md, exported cell 9 (7d36a60e)
 def _option(default: Any, text: str, low: float | None = None, high: float = math.inf) -> Any:
     return field(default=default, metadata={"help": text, "range": (low, high)})
 
@@ -311,7 +311,7 @@ class DPOConfig:
     min_lr_ratio: float = _option(0.1, "last learning rate over the peak (fraction)", 0, 1)
     warmup_steps: int = _option(12, "linear warmup (optimizer steps)", 0)
     weight_decay: float = _option(0.0, "decoupled decay of the matrices (per step, times lr)", 0)
-    grad_clip: float = _option(1.0, "largest global gradient norm (0: no limit)", 0)
+    grad_clip: float = _option(0.0, "largest global gradient norm (0: no limit)", 0)
     eval_every: int = _option(25, "test every so often (steps; 0: before and after)", 0)
     checkpoint_every: int = _option(50, "save every so often (steps; 0: at the end only)", 0)
     keep: int = _option(3, "newest checkpoints kept, besides the best (count)", 1)
@@ -476,7 +476,7 @@ def source_text(source: Path, split: str, rows: int, seq_len: int) -> Batches | 
     return Batches(text, max(1, min(rows, Batches(text, 1, seq_len).windows)), seq_len)
 
 
-# %% book/12-dpo.md, exported cell 14 (129c7286)
+# %% book/12-dpo.md, exported cell 14 (8810bc37)
 def read_chosen(
     model: Transformer, pairs: Sequence[PairIds], text: Batches | None, config: DPOConfig
 ) -> AdamW:
@@ -501,7 +501,7 @@ def read_chosen(
             loss = loss + model.loss(*to_device(text.batch(step), device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        clip_grad_norm(model.parameters(), config.grad_clip or float("inf"))
+        clip_grad_norm(model.parameters(), 1.0)
         optimizer.step()
     return optimizer
 

@@ -492,6 +492,33 @@ def test_reading_keeps_hold_of_the_old_text(source, config):
     assert dpo.text_loss(model, None) == {}
 
 
+def test_reading_is_clipped_whatever_the_pairs_are(source, config, monkeypatch):
+    limits, clip = [], dpo.clip_grad_norm
+    monkeypatch.setattr(dpo, "clip_grad_norm", lambda ps, m: limits.append(m) or clip(ps, m))
+    loaded = load_checkpoint(source)
+    pairs = encode_pairs(read_pairs(config.pairs), loaded.tokenizer, 96)
+    for limit in (0.0, 7.0):
+        dpo.read_chosen(loaded.model, pairs, None, replace(config, sft_lr=1e-3, grad_clip=limit))
+    assert limits == [1.0] * 10
+
+
+def test_no_step_is_cut_unless_asked(source, config):
+    assert DPOConfig().grad_clip == 0
+    sizes = defaultdict(list)
+    for limit in (0.0, 1e-3):
+        for h in (30.0, -30.0):  # pairs long settled, pairs all wrong
+            given = replace(config, name=f"{limit} {h}", grad_clip=limit)
+            run = dpo.open_dpo(source, given, False, quiet)
+            run.logps[:, 0] -= h
+            row = dpo.dpo_step(run)
+            grads = [p.grad.norm() for p in run.model.parameters() if p.grad is not None]
+            sizes[limit].append(torch.stack(grads).norm().item())
+            assert limit or row["grad_norm"] == pytest.approx(sizes[limit][-1], rel=1e-4)
+    settled, wrong = sizes[0.0]
+    assert settled / wrong == pytest.approx(math.exp(-3), rel=1e-2)  # sigma(-3) / sigma(3)
+    assert sizes[1e-3] == pytest.approx([1e-3, 1e-3], rel=1e-3)
+
+
 def test_each_pair_is_seen_once_an_epoch(source, config):
     run = dpo.open_dpo(source, replace(config, epochs=2), False, quiet)
     orders = [[i for s in range(k * 14, k * 14 + 14) for i in run.batch(s)] for k in range(2)]
