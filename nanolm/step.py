@@ -305,7 +305,7 @@ def record(function: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, found
 
 
-# %% book/09b-step.md, exported cell 7 (789b280b)
+# %% book/09b-step.md, exported cell 7 (a3a4f8b6)
 class GraphedStep:
     """The training step of a model, recorded as a CUDA graph at its first call, then replayed.
 
@@ -351,16 +351,16 @@ class GraphedStep:
             self.passes(ids, targets, beta=int(i > 0))
             for i, (ids, targets) in enumerate(self.batch)
         ]
+        if self.reduce is not None:
+            self.reduce([rows.grad for rows in self.rows])
         loss = torch.stack(losses).mean()
-        if self.reduce is None:
-            return loss, self.update(loss)
-        self.reduce([rows.grad for rows in self.rows])
-        return loss, self.update(torch.zeros_like(loss))  # the norm is everyone's, the loss is not
+        return loss, self.update(loss)
 
     def update(self, loss: Tensor) -> Tensor:
         """Clip, update every row and its low copy; the norm of the mean gradient before."""
         grads = [rows.grad for rows in self.rows]
-        norm, scale = clip(grads, loss, self.good, self.count, self.limit, self.latch)
+        judged = loss if self.reduce is None else torch.zeros_like(loss)  # the norm is everyone's
+        norm, scale = clip(grads, judged, self.good, self.count, self.limit, self.latch)
         for rows in self.rows:
             options = {name: rows.group[name] for name in ("betas", "eps", "weight_decay")}
             adamw_row(*rows[:5], scale, rows.hyper, self.good, **options)

@@ -549,9 +549,9 @@ def poisoned_passes(*steps):
     """The hand-written passes give an infinite gradient in some steps' last micro-batch."""
     plain, calls = Passes.__call__, []
 
-    def call(self, ids, targets):
+    def call(self, *given, **options):
         calls.append(0)
-        loss = plain(self, ids, targets)
+        loss = plain(self, *given, **options)
         if len(calls) % 2 == 0 and len(calls) // 2 in steps:
             self.place_of["norm.weight"][1] = INF
         return loss
