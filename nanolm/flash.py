@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 963f8be3
+# The seal of all that stands in no cell: 33bc0c49
 """`nanolm.flash`, derived in the book, where each line has its reason:
 
 - book/06-flash.md: Flash attention
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanolm.interpret import has_triton, interpreting, repair_bfloat16, tl, triton
+from nanolm.model import apply_rotary
 
 __all__ = [
     "flash_attention",
@@ -525,7 +526,7 @@ def launch_backward(
     return dq, dk, dv
 
 
-# %% book/06-flash.md, exported cell 13 (b7e2fbdb)
+# %% book/06-flash.md, exported cell 13 (9908e2aa)
 WIDTHS = (16, 32, 64, 128)  # channels of a head that the kernels take
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -557,12 +558,6 @@ def forward_shapes(
     return new_outputs(q)
 
 
-def plain_turned_back(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B, H, T, D) turned back by the angles of the tables, cosines and sines (T, D / 2)."""
-    (a, b), (cos, sin) = x.chunk(2, -1), (table[: x.size(2)] for table in tables)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
-
-
 def backward_into(
     rooms: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     lse: Tensor, causal: bool, scale: float, *, turn: tuple[Tensor, Tensor] | None = None,
@@ -578,7 +573,8 @@ def backward_into(
     with torch.autocast(q.device.type, enabled=False):
         dq, dk, dv = tiled_backward(grad, q, k, v, out, lse, causal, scale)
     if turn:
-        dq, dk = plain_turned_back(dq, turn), plain_turned_back(dk, turn)
+        cos, sin = (table[: q.size(2)] for table in turn)
+        dq, dk = apply_rotary(dq, cos, -sin), apply_rotary(dk, cos, -sin)
     for room, gradient in zip(rooms, (dq, dk, dv), strict=True):
         room.copy_(gradient)
 
