@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 7f9155bf
+# The seal of all that stands in no cell: f155791b
 """`nanolm.fused`, derived in the book, where each line has its reason:
 
 - book/07b-fused.md: Between the products
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanolm.interpret import has_triton, interpreting, repair_bfloat16, tl, triton
+from nanolm.loss import by_tiles, can_at_once, choose_loss_tiles, fetch, gl, gluon, hopper, meet
 
 __all__ = []
 
@@ -500,3 +501,188 @@ def adamw_row(weight: Tensor, *others: Tensor, **options: Any) -> None:
     """One step of AdamW on a row of weights: see `plain_adamw`."""
     way: Any = launch_adamw if weight.is_cuda and has_triton() else plain_adamw
     way(weight, *others, **options)
+
+
+# %% book/07b-fused.md, exported cell 9 (5662ca86)
+@gluon.jit
+def times(x, w, bar, i, zero):
+    """The product of tile i of the rows, which comes to x, and the transpose of w."""
+    hopper.mbarrier.wait(bar.index(0), i & 1)
+    return hopper.warpgroup_mma(x.index(0), w.index(0).permute((1, 0)), zero, use_acc=False)
+
+
+@gluon.jit
+def send(OUT, m, n, room, tile):
+    """Store a tile at row m and column n, from a place in shared memory, after all others."""
+    hopper.tma.store_wait(pendings=0)
+    room.store(tile.to(gl.bfloat16))
+    hopper.fence_async_shared()
+    hopper.tma.async_copy_shared_to_global(OUT, [m, n], room)
+
+
+@gluon.jit
+def turned(
+    tile, COS, SIN, m, n, T,
+    TURNED: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The tile at row m and column n, with the first TURNED heads of rows turned."""
+    HEADS: tl.constexpr = COLS // (2 * HALF)
+    halves = tile.reshape([ROWS, HEADS, 2, HALF]).permute((0, 1, 3, 2))
+    a, b = gl.split(halves)
+    ALL: tl.constexpr = a.type.layout  # (ROWS, HEADS, HALF)
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, ALL)))
+    pair = gl.arange(0, HALF, layout=gl.SliceLayout(0, gl.SliceLayout(1, ALL)))
+    head = gl.arange(0, HEADS, layout=gl.SliceLayout(0, gl.SliceLayout(2, ALL)))
+    angle = gl.expand_dims(gl.expand_dims((m + row) % T * HALF, 1), 2)
+    angle += gl.expand_dims(gl.expand_dims(pair, 0), 1)
+    turn = gl.expand_dims(gl.expand_dims(n // (2 * HALF) + head, 0), 2) < TURNED
+    cos = gl.where(turn, gl.load(COS + angle), 1.0)
+    sin = gl.where(turn, gl.load(SIN + angle), 0.0)
+    both = gl.join(a * cos - b * sin, b * cos + a * sin)
+    return both.permute((0, 1, 3, 2)).reshape([ROWS, COLS])
+
+
+@gluon.jit
+def product_turned_kernel(
+    X, W, OUT, COS, SIN, N, T, per, TURNED: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, num_warps: tl.constexpr,
+):  # fmt: skip
+    """Some columns of X (N, D) times W transposed, for `per` tiles of rows, heads turned."""
+    MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLS, 16])
+    n, first = gl.program_id(0) * COLS, gl.program_id(1) * per * ROWS
+    count = gl.minimum(per, gl.cdiv(N - first, ROWS))
+    x = gl.allocate_shared_memory(gl.bfloat16, [1, ROWS, D], X.layout)
+    w = gl.allocate_shared_memory(gl.bfloat16, [1, COLS, D], W.layout)
+    room = gl.allocate_shared_memory(gl.bfloat16, [ROWS, COLS], OUT.layout)
+    x_bar = gl.allocate_shared_memory(gl.int64, [1, 1], hopper.mbarrier.MBarrierLayout())
+    w_bar = gl.allocate_shared_memory(gl.int64, [1, 1], hopper.mbarrier.MBarrierLayout())
+    hopper.mbarrier.init(x_bar.index(0), count=1)
+    hopper.mbarrier.init(w_bar.index(0), count=1)
+    fetch(W, w, w_bar, n, 0, 1, D, COLS, 1)
+    fetch(X, x, x_bar, first, 0, count, D, ROWS, 1)
+    zero = gl.zeros([ROWS, COLS], gl.float32, layout=MMA)
+    hopper.mbarrier.wait(w_bar.index(0), 0)
+    for i in range(count):
+        tile = times(x, w, x_bar, i, zero)
+        meet()  # all have multiplied, and the place is free
+        fetch(X, x, x_bar, first, i + 1, count, D, ROWS, 1)
+        m = first + i * ROWS
+        tile = turned(tile, COS, SIN, m, n, T, TURNED, HALF, ROWS, COLS)
+        send(OUT, m, n, room, gl.convert_layout(tile, MMA))
+    hopper.tma.store_wait(pendings=0)
+
+
+# %% book/07b-fused.md, exported cell 10 (4b34e3b2)
+@gluon.jit
+def product_norm_kernel(
+    X, W, STREAM, WEIGHT, SUM, OUT, SCALE, N, eps, per,
+    D: tl.constexpr, ROWS: tl.constexpr, num_warps: tl.constexpr,
+):  # fmt: skip
+    """STREAM + X times W transposed, and its norm, for `per` tiles of rows; all (N, D)."""
+    MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
+    first = gl.program_id(0) * per * ROWS
+    count = gl.minimum(per, gl.cdiv(N - first, ROWS))
+    x = gl.allocate_shared_memory(gl.bfloat16, [1, ROWS, D], X.layout)
+    w = gl.allocate_shared_memory(gl.bfloat16, [1, D, D], W.layout)
+    stream = gl.allocate_shared_memory(gl.bfloat16, [1, ROWS, D], STREAM.layout)
+    room = gl.allocate_shared_memory(gl.bfloat16, [ROWS, D], OUT.layout)
+    x_bar = gl.allocate_shared_memory(gl.int64, [1, 1], hopper.mbarrier.MBarrierLayout())
+    w_bar = gl.allocate_shared_memory(gl.int64, [1, 1], hopper.mbarrier.MBarrierLayout())
+    stream_bar = gl.allocate_shared_memory(gl.int64, [1, 1], hopper.mbarrier.MBarrierLayout())
+    hopper.mbarrier.init(x_bar.index(0), count=1)
+    hopper.mbarrier.init(w_bar.index(0), count=1)
+    hopper.mbarrier.init(stream_bar.index(0), count=1)
+    fetch(W, w, w_bar, 0, 0, 1, D, D, 1)
+    fetch(X, x, x_bar, first, 0, count, D, ROWS, 1)
+    fetch(STREAM, stream, stream_bar, first, 0, count, D, ROWS, 1)
+    weight = gl.load(WEIGHT + gl.arange(0, D, layout=gl.SliceLayout(0, MMA))).to(gl.float32)
+    zero = gl.zeros([ROWS, D], gl.float32, layout=MMA)
+    hopper.mbarrier.wait(w_bar.index(0), 0)
+    for i in range(count):
+        tile = times(x, w, x_bar, i, zero)
+        meet()
+        fetch(X, x, x_bar, first, i + 1, count, D, ROWS, 1)
+        tile = tile.to(gl.bfloat16)  # half the registers, until the stream is there
+        hopper.mbarrier.wait(stream_bar.index(0), i & 1)
+        new = (stream.index(0).load(MMA).to(gl.float32) + tile.to(gl.float32)).to(gl.bfloat16)
+        wide = new.to(gl.float32)
+        scale = gl.rsqrt(gl.sum(wide * wide, 1) / D + eps)
+        m = first + i * ROWS
+        row = m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
+        gl.store(SCALE + row, scale, mask=row < N)
+        send(SUM, m, 0, stream.index(0), new)
+        y = wide * gl.expand_dims(scale, 1) * gl.expand_dims(weight, 0)
+        room.store(y.to(gl.bfloat16))
+        hopper.fence_async_shared()
+        hopper.tma.async_copy_shared_to_global(OUT, [m, 0], room)
+        hopper.tma.store_wait(pendings=1)  # the sum has left
+        fetch(STREAM, stream, stream_bar, first, i + 1, count, D, ROWS, 1)
+    hopper.tma.store_wait(pendings=0)
+
+
+# %% book/07b-fused.md, exported cell 11 (66cce6ba)
+STAY = {"ROWS": 64, "num_warps": 4}
+COLUMNS = 128  # of a product with heads to turn, that a program takes
+
+
+def can_stay(*tensors: Tensor) -> bool:
+    """Whether the kernels of products can take these matrices, all with rows of one width."""
+    return all(
+        can_at_once(x)
+        and x.dtype == torch.bfloat16
+        and x.is_contiguous()
+        and x.data_ptr() % 16 == 0
+        for x in tensors
+    )
+
+
+def per_program(x: Tensor, parts: int, to_a_processor: int) -> tuple[int, int]:
+    """How many tiles of rows of x a program takes, if each goes to `parts`; and how many do."""
+    tiles, programs = triton.cdiv(len(x), STAY["ROWS"]), choose_loss_tiles(x.device)[1]
+    per = triton.cdiv(tiles * parts, to_a_processor * programs)
+    return per, triton.cdiv(tiles, per)
+
+
+def launch_product_turned(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int
+) -> Tensor:
+    """What `product_turned` computes, by the kernel."""
+    (N, D), (T, half), parts = x.shape, cos.shape, len(weight) // COLUMNS
+    out, rows = x.new_empty(N, len(weight)), STAY["ROWS"]
+    X, W, OUT = by_tiles(x, rows, D), by_tiles(weight, COLUMNS, D), by_tiles(out, rows, COLUMNS)
+    per, programs = per_program(x, parts, 2)
+    known = STAY | {"TURNED": heads, "HALF": half, "D": D, "COLS": COLUMNS}
+    product_turned_kernel[(parts, programs)](X, W, OUT, cos, sin, N, T, per, **known)
+    return out
+
+
+def launch_product_norm(
+    x: Tensor, weight: Tensor, stream: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `product_norm` computes, by the kernel."""
+    (N, D), total, out = x.shape, torch.empty_like(stream), torch.empty_like(stream)
+    scale = x.new_empty(N, dtype=torch.float32)
+    X, STREAM, SUM, OUT = (by_tiles(y, STAY["ROWS"], D) for y in (x, stream, total, out))
+    per, programs = per_program(x, 1, 1)
+    given = X, by_tiles(weight, D, D), STREAM, norm_weight, SUM, OUT, scale, N, eps, per
+    product_norm_kernel[(programs,)](*given, D=D, **STAY)
+    return total, out, scale
+
+
+def product_turned(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """x (B * T, C) @ weight.T, its first heads turned by the angles of the tables (T, D/2)."""
+    fits = len(weight) % COLUMNS == 0 and 2 * cos.size(1) in (16, 32, 64, 128)
+    if fits and can_stay(x, weight):
+        return launch_product_turned(x, weight, cos, sin, heads)
+    out = x @ weight.T
+    rotate(out.view(-1, len(cos), len(weight)), cos, sin, heads)
+    return out
+
+
+def product_norm(
+    x: Tensor, weight: Tensor, stream: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `norm` gives of stream + x @ weight.T, (N, C): the sum, its norm and the scales."""
+    if weight.size(0) == weight.size(1) and can_stay(x, weight, stream):
+        return launch_product_norm(x, weight, stream, norm_weight, eps)
+    return norm(stream, x @ weight.T, norm_weight, eps)

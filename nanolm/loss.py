@@ -257,7 +257,7 @@ def scale_kernel(X, SCALE, OUT, N, D: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(OUT + i, x.to(OUT.dtype.element_ty), mask=here)
 
 
-# %% book/07-loss.md, exported cell 5 (333a69b5)
+# %% book/07-loss.md, exported cell 5 (8c16cf55)
 gluon = optional("triton.experimental.gluon")
 gl = optional("triton.experimental.gluon.language")
 hopper = optional("triton.experimental.gluon.language.nvidia.hopper")
@@ -348,16 +348,19 @@ def weigh_at_once_kernel(
 AT_ONCE = {"TILE": 64, "STAGES": 3, "num_warps": 4}
 
 
+def by_tiles(x: Tensor, rows: int, cols: int) -> Any:
+    """What Gluon fetches or stores tiles of a matrix in bfloat16 by."""
+    shape, place = [rows, cols], importlib.import_module("triton.experimental.gluon.nvidia.hopper")
+    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
+    return place.TensorDescriptor.from_tensor(x, shape, layout)
+
+
 def weigh_at_once(
     x: Tensor, weight: Tensor, guess: Tensor, room: Tensor, sums: Tensor, per: int
 ) -> None:
     """Launch the kernel above: rooms of whole pairs of tiles, `per` words to a share."""
-    descriptor = importlib.import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
     (N, D), V, tile = x.shape, len(weight), AT_ONCE["TILE"]
-    X, W, E = (
-        descriptor.from_tensor(y, box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16))
-        for y, box in ((x, [tile, D]), (weight, [tile, D]), (room, [tile, tile]))
-    )
+    X, W, E = by_tiles(x, tile, D), by_tiles(weight, tile, D), by_tiles(room, tile, tile)
     known = AT_ONCE | {"EVEN": V % (2 * tile) == 0}
     weigh_at_once_kernel[(triton.cdiv(N, tile), len(sums))](
         X, W, guess, E, sums, N, V, per, D, **known

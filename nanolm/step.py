@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: 07d07679
+# The seal of all that stands in no cell: 7e468f26
 """`nanolm.step`, derived in the book, where each line has its reason:
 
 - book/09b-step.md: A step without waiting
@@ -24,8 +24,9 @@ from nanolm.fused import (
     gate_back,
     norm,
     norm_back,
+    product_norm,
+    product_turned,
     room_for_parts,
-    rotate,
 )
 from nanolm.loss import Beside, linear_cross_entropy, loss_into, set_product
 from nanolm.model import ModelConfig, Transformer
@@ -80,7 +81,7 @@ def layers_of(tensors: dict[str, Tensor], n_layer: int) -> list[LayerWeights]:
     ]
 
 
-# %% book/09b-step.md, exported cell 3 (5b7c8f4b)
+# %% book/09b-step.md, exported cell 3 (939a8073)
 class Kept(NamedTuple):
     """What the way back needs of a layer."""
 
@@ -136,17 +137,16 @@ class Forward:
         first = self.layers[0].attn_norm
         x, y, scale = norm(self.embedding, None, first, c.norm_eps, ids.flatten())
         for layer, next_norm in zip(self.layers, following, strict=True):
-            qkv = y @ layer.qkv.T
-            rotate(qkv.view(B, T, -1), cos, sin, c.n_head + c.n_kv_head)
+            qkv = product_turned(y, layer.qkv, cos, sin, c.n_head + c.n_kv_head)
             q, k, v = heads_of(qkv, B, c.head_dim).split(self.counts, 1)
             attend = launch_forward if has_kernel(q) else flash_forward
             out, lse = attend(q, k, v, True, c.head_dim**-0.5)
-            added = out.transpose(1, 2).reshape(len(x), -1) @ layer.o_proj.T
-            mid, z, mid_scale = norm(x, added, layer.mlp_norm, c.norm_eps)
+            rows = out.transpose(1, 2).reshape(len(x), -1)
+            mid, z, mid_scale = product_norm(rows, layer.o_proj, x, layer.mlp_norm, c.norm_eps)
             both = z @ layer.gate_up.T
             mlp_out = gate(both)
             take(Kept(x, scale, y, qkv, out, lse, mid, mid_scale, z, both, mlp_out))
-            x, y, scale = norm(mid, mlp_out @ layer.down_proj.T, next_norm, c.norm_eps)
+            x, y, scale = product_norm(mlp_out, layer.down_proj, mid, next_norm, c.norm_eps)
         return y, x, scale
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:

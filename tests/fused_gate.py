@@ -36,9 +36,18 @@ def launch_all(C):
     fused.launch_adamw(row, row, row, meta(5000), row, row, row, good, (0.9, 0.95), 1e-8, 0.1)
 
 
+def launch_products(C):
+    """The products with something behind them, which are for one kind of card."""
+    x, weight, table = meta(100, C), meta(C, C), meta(50, 16, dtype=torch.float32)
+    fused.launch_product_turned(x, meta(384, C), table, table, 10)
+    fused.launch_product_norm(x, weight, x, meta(C), 1e-5)
+
+
 def compiled(card, C):
     with compile_only(card) as found:
         launch_all(C)
+        if card == 90 and C <= 256:
+            launch_products(C)
     case = f"sm_{card}-C{C}"
     return [{"case": case, "kernel": name} | resources(kernel) for name, kernel in found]
 

@@ -303,10 +303,64 @@ def test_on_a_gpu_bfloat16_of_a_fitting_width_goes_by_the_kernels():
         assert not fused.has_fused(width, *others)
 
 
+def on_hopper():
+    """Skip where the kernels of products do not run."""
+    if not (torch.cuda.is_available() and fused.can_stay(*some((1, 64)))):
+        pytest.skip("for Hopper cards")
+
+
+@pytest.mark.parametrize("B, T", [(1, 1), (3, 21), (1, 64), (5, 13), (2, 512), (700, 3), (1, 9000)])
+@pytest.mark.parametrize(
+    "D, V, half, heads", [(64, 128, 8, 5), (128, 256, 32, 3), (256, 384, 16, 10)]
+)
+def test_a_product_and_its_rotation_in_one_kernel(B, T, D, V, half, heads):
+    on_hopper()
+    x, weight = some((B * T, D), (V, D))
+    tables = [x.to(DEVICE) for x in rotary_tables(T, 2 * half)]
+    inputs = x, weight / D**0.5, *tables, heads
+
+    def plain(x, weight, cos, sin, heads):
+        out = x @ weight.T
+        fused.plain_rotate(out.view(B, T, V), cos, sin, heads)
+        return (out,)
+
+    found = guarded(fused.launch_product_turned, *inputs)
+    as_near((found,), plain(*inputs), plain(*wide(inputs)))
+    assert torch.equal(fused.product_turned(*inputs), found)
+
+
+@pytest.mark.parametrize("N", [1, 63, 64, 65, 1000, 9000, 40000])
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_a_product_its_sum_and_their_norm_in_one_kernel(N, D):
+    on_hopper()
+    x, weight, stream, norm_weight = some((N, D), (D, D), (N, D), (D,))
+    inputs = x, weight / D**0.5, stream, norm_weight, 1e-5
+
+    def plain(x, weight, stream, norm_weight, eps):
+        return fused.plain_norm(stream, x @ weight.T, norm_weight, eps)
+
+    found = guarded(fused.launch_product_norm, *inputs)
+    as_near(found, plain(*inputs), plain(*wide(inputs)))
+    for ours, theirs in zip(fused.product_norm(*inputs), found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("D", [24, 64])
+def test_products_that_the_kernels_do_not_take_go_the_plain_way(D):
+    x, weight, stream, norm_weight = some((12, D), (3 * D, D), (12, D), (D,), dtype=FP64)
+    cos, sin = (x.to(DEVICE, FP64) for x in rotary_tables(4, 8))
+    right = x @ weight.T
+    fused.plain_rotate(right.view(3, 4, 3 * D), cos, sin, 2)
+    assert torch.equal(fused.product_turned(x, weight, cos, sin, 2), right)
+    found = fused.product_norm(x, weight[:D], stream, norm_weight, 1e-5)
+    sums = fused.plain_norm(stream, x @ weight[:D].T, norm_weight, 1e-5)
+    assert all(map(torch.equal, found, sums))
+
+
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 def test_compiled_for_cards_that_are_not_here():
     rows = compiled_rows("fused_gate")
-    assert len({row["kernel"] for row in rows}) == 10
+    assert len({row["kernel"] for row in rows}) == 12
     for row in rows:
         card = int(row["case"][3:5])
         assert row["stack"] == 0 and row["shared"] <= SHARED[card] * 1024, row
