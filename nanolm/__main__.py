@@ -201,7 +201,7 @@ def file_prompts(path: str) -> list[str]:
     return found
 
 
-# %% book/16-command-line.md, exported cell 7 (3afba909)
+# %% book/16-command-line.md, exported cell 7 (c3b52955)
 Writer = Callable[[Text], Iterator[str]]
 
 
@@ -267,6 +267,10 @@ def sample_command(args: argparse.Namespace) -> int:
     config = dataclasses.replace(SampleConfig(), **chosen(args, SampleConfig))
     if args.batch_size < 1 or (args.logprobs or 0) < 0:
         raise ValueError("--batch-size must be 1 or more, and --logprobs 0 or more")
+    if args.json and args.box:
+        raise ValueError("give --json or --box, not both")
+    if args.logprobs is not None and (args.stream or not args.json):
+        raise ValueError("--logprobs is for --json without --stream")
     given = args.prompt + (file_prompts(args.prompts) if args.prompts else [])
     found = load_checkpoint(args.run or newest_run(), pick_device(args.device), log=say_aside)
     if not given and sys.stdin.isatty():
