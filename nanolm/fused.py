@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: f155791b
+# The seal of all that stands in no cell: 404e2d4a
 """`nanolm.fused`, derived in the book, where each line has its reason:
 
 - book/07b-fused.md: Between the products
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanolm.interpret import has_triton, interpreting, repair_bfloat16, tl, triton
-from nanolm.loss import by_tiles, can_at_once, choose_loss_tiles, fetch, gl, gluon, hopper, meet
+from nanolm.loss import can_at_once, descriptor, fetch, gl, gluon, hopper, meet, processors
 
 __all__ = []
 
@@ -503,7 +503,7 @@ def adamw_row(weight: Tensor, *others: Tensor, **options: Any) -> None:
     way(weight, *others, **options)
 
 
-# %% book/07b-fused.md, exported cell 9 (5662ca86)
+# %% book/07b-fused.md, exported cell 9 (1fc42af1)
 @gluon.jit
 def times(x, w, bar, i, zero):
     """The product of tile i of the rows, which comes to x, and the transpose of w."""
@@ -512,9 +512,9 @@ def times(x, w, bar, i, zero):
 
 
 @gluon.jit
-def send(OUT, m, n, room, tile):
-    """Store a tile at row m and column n, from a place in shared memory, after all others."""
-    hopper.tma.store_wait(pendings=0)
+def send(OUT, m, n, room, tile, others: tl.constexpr):
+    """Store a tile at row m and column n, from a place in shared memory that so many do not use."""
+    hopper.tma.store_wait(pendings=others)
     room.store(tile.to(gl.bfloat16))
     hopper.fence_async_shared()
     hopper.tma.async_copy_shared_to_global(OUT, [m, n], room)
@@ -568,11 +568,11 @@ def product_turned_kernel(
         fetch(X, x, x_bar, first, i + 1, count, D, ROWS, 1)
         m = first + i * ROWS
         tile = turned(tile, COS, SIN, m, n, T, TURNED, HALF, ROWS, COLS)
-        send(OUT, m, n, room, gl.convert_layout(tile, MMA))
+        send(OUT, m, n, room, gl.convert_layout(tile, MMA), 0)
     hopper.tma.store_wait(pendings=0)
 
 
-# %% book/07b-fused.md, exported cell 10 (4b34e3b2)
+# %% book/07b-fused.md, exported cell 10 (7ffbeda5)
 @gluon.jit
 def product_norm_kernel(
     X, W, STREAM, WEIGHT, SUM, OUT, SCALE, N, eps, per,
@@ -595,7 +595,7 @@ def product_norm_kernel(
     fetch(W, w, w_bar, 0, 0, 1, D, D, 1)
     fetch(X, x, x_bar, first, 0, count, D, ROWS, 1)
     fetch(STREAM, stream, stream_bar, first, 0, count, D, ROWS, 1)
-    weight = gl.load(WEIGHT + gl.arange(0, D, layout=gl.SliceLayout(0, MMA))).to(gl.float32)
+    channel = gl.arange(0, D, layout=gl.SliceLayout(0, MMA))
     zero = gl.zeros([ROWS, D], gl.float32, layout=MMA)
     hopper.mbarrier.wait(w_bar.index(0), 0)
     for i in range(count):
@@ -610,36 +610,38 @@ def product_norm_kernel(
         m = first + i * ROWS
         row = m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
         gl.store(SCALE + row, scale, mask=row < N)
-        send(SUM, m, 0, stream.index(0), new)
+        send(SUM, m, 0, stream.index(0), new, 1)
+        weight = gl.load(WEIGHT + channel).to(gl.float32)  # again: to keep it would take registers
         y = wide * gl.expand_dims(scale, 1) * gl.expand_dims(weight, 0)
-        room.store(y.to(gl.bfloat16))
-        hopper.fence_async_shared()
-        hopper.tma.async_copy_shared_to_global(OUT, [m, 0], room)
+        send(OUT, m, 0, room, y, 1)
         hopper.tma.store_wait(pendings=1)  # the sum has left
         fetch(STREAM, stream, stream_bar, first, i + 1, count, D, ROWS, 1)
     hopper.tma.store_wait(pendings=0)
 
 
-# %% book/07b-fused.md, exported cell 11 (66cce6ba)
+# %% book/07b-fused.md, exported cell 11 (f37e1bd5)
 STAY = {"ROWS": 64, "num_warps": 4}
 COLUMNS = 128  # of a product with heads to turn, that a program takes
 
 
 def can_stay(*tensors: Tensor) -> bool:
-    """Whether the kernels of products can take these matrices, all with rows of one width."""
+    """Whether the kernels of products can take these matrices: rows of one width, and some."""
+    D = tensors[0].size(1)
     return all(
-        can_at_once(x)
-        and x.dtype == torch.bfloat16
-        and x.is_contiguous()
+        x.dtype == torch.bfloat16
+        and len(x) > 0
+        and x.size(1) == D
+        and x.stride() == (D, 1)
         and x.data_ptr() % 16 == 0
+        and can_at_once(x)
         for x in tensors
     )
 
 
 def per_program(x: Tensor, parts: int, to_a_processor: int) -> tuple[int, int]:
     """How many tiles of rows of x a program takes, if each goes to `parts`; and how many do."""
-    tiles, programs = triton.cdiv(len(x), STAY["ROWS"]), choose_loss_tiles(x.device)[1]
-    per = triton.cdiv(tiles * parts, to_a_processor * programs)
+    tiles, programs = triton.cdiv(len(x), STAY["ROWS"]), to_a_processor * processors(x.device)
+    per = triton.cdiv(tiles * parts, programs)
     return per, triton.cdiv(tiles, per)
 
 
@@ -649,7 +651,8 @@ def launch_product_turned(
     """What `product_turned` computes, by the kernel."""
     (N, D), (T, half), parts = x.shape, cos.shape, len(weight) // COLUMNS
     out, rows = x.new_empty(N, len(weight)), STAY["ROWS"]
-    X, W, OUT = by_tiles(x, rows, D), by_tiles(weight, COLUMNS, D), by_tiles(out, rows, COLUMNS)
+    X, W = descriptor(x, rows, D), descriptor(weight, COLUMNS, D)
+    OUT = descriptor(out, rows, COLUMNS)
     per, programs = per_program(x, parts, 2)
     known = STAY | {"TURNED": heads, "HALF": half, "D": D, "COLS": COLUMNS}
     product_turned_kernel[(parts, programs)](X, W, OUT, cos, sin, N, T, per, **known)
@@ -662,9 +665,9 @@ def launch_product_norm(
     """What `product_norm` computes, by the kernel."""
     (N, D), total, out = x.shape, torch.empty_like(stream), torch.empty_like(stream)
     scale = x.new_empty(N, dtype=torch.float32)
-    X, STREAM, SUM, OUT = (by_tiles(y, STAY["ROWS"], D) for y in (x, stream, total, out))
+    X, STREAM, SUM, OUT = (descriptor(y, STAY["ROWS"], D) for y in (x, stream, total, out))
     per, programs = per_program(x, 1, 1)
-    given = X, by_tiles(weight, D, D), STREAM, norm_weight, SUM, OUT, scale, N, eps, per
+    given = X, descriptor(weight, D, D), STREAM, norm_weight, SUM, OUT, scale, N, eps, per
     product_norm_kernel[(programs,)](*given, D=D, **STAY)
     return total, out, scale
 
@@ -672,6 +675,7 @@ def launch_product_norm(
 def product_turned(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """x (B * T, C) @ weight.T, its first heads turned by the angles of the tables (T, D/2)."""
     fits = len(weight) % COLUMNS == 0 and 2 * cos.size(1) in (16, 32, 64, 128)
+    fits = fits and cos.is_contiguous() and sin.is_contiguous() and len(x) % len(cos) == 0
     if fits and can_stay(x, weight):
         return launch_product_turned(x, weight, cos, sin, heads)
     out = x @ weight.T
@@ -683,6 +687,7 @@ def product_norm(
     x: Tensor, weight: Tensor, stream: Tensor, norm_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `norm` gives of stream + x @ weight.T, (N, C): the sum, its norm and the scales."""
-    if weight.size(0) == weight.size(1) and can_stay(x, weight, stream):
+    fits = weight.size(0) == weight.size(1) and x.shape == stream.shape
+    if fits and norm_weight.is_contiguous() and can_stay(x, weight, stream):
         return launch_product_norm(x, weight, stream, norm_weight, eps)
     return norm(stream, x @ weight.T, norm_weight, eps)

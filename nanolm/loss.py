@@ -257,7 +257,7 @@ def scale_kernel(X, SCALE, OUT, N, D: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(OUT + i, x.to(OUT.dtype.element_ty), mask=here)
 
 
-# %% book/07-loss.md, exported cell 5 (8c16cf55)
+# %% book/07-loss.md, exported cell 5 (a6dde375)
 gluon = optional("triton.experimental.gluon")
 gl = optional("triton.experimental.gluon.language")
 hopper = optional("triton.experimental.gluon.language.nvidia.hopper")
@@ -348,8 +348,8 @@ def weigh_at_once_kernel(
 AT_ONCE = {"TILE": 64, "STAGES": 3, "num_warps": 4}
 
 
-def by_tiles(x: Tensor, rows: int, cols: int) -> Any:
-    """What Gluon fetches or stores tiles of a matrix in bfloat16 by."""
+def descriptor(x: Tensor, rows: int, cols: int) -> Any:
+    """The descriptor by which Gluon fetches and stores tiles of a matrix in bfloat16."""
     shape, place = [rows, cols], importlib.import_module("triton.experimental.gluon.nvidia.hopper")
     layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
     return place.TensorDescriptor.from_tensor(x, shape, layout)
@@ -360,14 +360,14 @@ def weigh_at_once(
 ) -> None:
     """Launch the kernel above: rooms of whole pairs of tiles, `per` words to a share."""
     (N, D), V, tile = x.shape, len(weight), AT_ONCE["TILE"]
-    X, W, E = by_tiles(x, tile, D), by_tiles(weight, tile, D), by_tiles(room, tile, tile)
+    X, W, E = descriptor(x, tile, D), descriptor(weight, tile, D), descriptor(room, tile, tile)
     known = AT_ONCE | {"EVEN": V % (2 * tile) == 0}
     weigh_at_once_kernel[(triton.cdiv(N, tile), len(sums))](
         X, W, guess, E, sums, N, V, per, D, **known
     )
 
 
-# %% book/07-loss.md, exported cell 6 (592e5d0f)
+# %% book/07-loss.md, exported cell 6 (d1aea46f)
 class LossTiles(NamedTuple):
     """The shape of a tile: rows (tokens), columns (words); and how the kernels are launched."""
 
@@ -390,13 +390,24 @@ def part_of(D: int) -> int:
     return next((part for part in (64, 32, 16) if D % part == 0), 0)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is a Hopper card, for which some of the kernels are written."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a card has; elsewhere, for the tests, 4."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def choose_loss_tiles(device: torch.device) -> tuple[LossTiles, int]:
     """The tiles for the card in use, and how many programs it runs at a time."""
     if interpreting() or device.type != "cuda":
         return OTHER_TILES, 4
-    hopper = triton.runtime.driver.active.get_current_target().arch == 90
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return (HOPPER_TILES, processors) if hopper else (OTHER_TILES, 2 * processors)
+    hopper, count = is_hopper(device), processors(device)
+    return (HOPPER_TILES, count) if hopper else (OTHER_TILES, 2 * count)
 
 
 def shares(tiles: int, programs: int) -> int:
@@ -405,11 +416,11 @@ def shares(tiles: int, programs: int) -> int:
 
 
 def can_at_once(hidden: Tensor) -> bool:
-    """Whether `weigh_at_once_kernel` can take states like hidden (N, D): a Hopper card, D."""
-    if interpreting() or not hidden.is_cuda or hidden.size(1) not in (64, 128, 256):
+    """Whether kernels in Gluon can take states like hidden (N, D): a Hopper card, Triton, D."""
+    if not has_triton() or interpreting() or hidden.size(1) not in (64, 128, 256):
         return False
-    hopper_card = triton.runtime.driver.active.get_current_target().arch == 90
-    return hopper_card and not isinstance(gluon, Missing) and meet is not None
+    product = getattr(hopper, "warpgroup_mma", None)  # Triton 3.4 has a Gluon without it
+    return is_hopper(hidden.device) and not isinstance(product, Missing | None) and meet is not None
 
 
 def solid(x: Tensor) -> Tensor:

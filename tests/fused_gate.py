@@ -38,9 +38,11 @@ def launch_all(C):
 
 def launch_products(C):
     """The products with something behind them, which are for one kind of card."""
-    x, weight, table = meta(100, C), meta(C, C), meta(50, 16, dtype=torch.float32)
-    fused.launch_product_turned(x, meta(384, C), table, table, 10)
-    fused.launch_product_norm(x, weight, x, meta(C), 1e-5)
+    x, norm_weight = meta(32768, C), meta(C, dtype=torch.float32)
+    for half in (16, 64):
+        table = meta(512, half, dtype=torch.float32)
+        fused.launch_product_turned(x, meta(384, C), table, table, 2)
+    fused.launch_product_norm(x, meta(C, C), x, norm_weight, 1e-5)
 
 
 def compiled(card, C):

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from apart import compiled_rows
-from place import DEVICE, RUNS, on_gpu, with_kernels
+from place import DEVICE, ON_GPU, RUNS, on_gpu, with_kernels
 from seeded import one_seed  # noqa: F401
 
-from nanolm import fused
+from nanolm import fused, loss
 from nanolm.interpret import SHARED, checked, has_triton, interpreting, poisoned
 from nanolm.model import apply_rotary, rotary_tables
 
@@ -303,46 +303,62 @@ def test_on_a_gpu_bfloat16_of_a_fitting_width_goes_by_the_kernels():
         assert not fused.has_fused(width, *others)
 
 
-def on_hopper():
-    """Skip where the kernels of products do not run."""
-    if not (torch.cuda.is_available() and fused.can_stay(*some((1, 64)))):
-        pytest.skip("for Hopper cards")
+HOPPER = ON_GPU and loss.is_hopper(torch.device("cuda"))
+on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper card")
 
 
-@pytest.mark.parametrize("B, T", [(1, 1), (3, 21), (1, 64), (5, 13), (2, 512), (700, 3), (1, 9000)])
-@pytest.mark.parametrize(
-    "D, V, half, heads", [(64, 128, 8, 5), (128, 256, 32, 3), (256, 384, 16, 10)]
-)
-def test_a_product_and_its_rotation_in_one_kernel(B, T, D, V, half, heads):
-    on_hopper()
+def turning(B, T, D, V, half, heads):
+    """What a product with heads to turn is given; and the plain way to compute it."""
     x, weight = some((B * T, D), (V, D))
-    tables = [x.to(DEVICE) for x in rotary_tables(T, 2 * half)]
-    inputs = x, weight / D**0.5, *tables, heads
+    cos, sin = (x.to(DEVICE)[:T] for x in rotary_tables(T + 5, 2 * half))  # as the step cuts them
 
     def plain(x, weight, cos, sin, heads):
         out = x @ weight.T
         fused.plain_rotate(out.view(B, T, V), cos, sin, heads)
         return (out,)
 
+    return (x, weight / D**0.5, cos, sin, heads), plain
+
+
+@on_hopper
+@pytest.mark.parametrize("B, T", [(1, 1), (3, 21), (1, 64), (5, 13), (2, 512), (700, 3), (1, 9000)])
+@pytest.mark.parametrize(
+    "D, V, half, heads", [(64, 128, 8, 5), (128, 256, 32, 3), (256, 384, 16, 10), (256, 384, 64, 2)]
+)
+def test_a_product_and_its_rotation_in_one_kernel(B, T, D, V, half, heads):
+    inputs, plain = turning(B, T, D, V, half, heads)
+    assert fused.can_stay(*inputs[:2])
     found = guarded(fused.launch_product_turned, *inputs)
     as_near((found,), plain(*inputs), plain(*wide(inputs)))
-    assert torch.equal(fused.product_turned(*inputs), found)
+    for _ in range(20):
+        assert torch.equal(fused.product_turned(*inputs), found)
 
 
+def plain_product_norm(x, weight, stream, norm_weight, eps):
+    return fused.plain_norm(stream, x @ weight.T, norm_weight, eps)
+
+
+@on_hopper
 @pytest.mark.parametrize("N", [1, 63, 64, 65, 1000, 9000, 40000])
-@pytest.mark.parametrize("D", [64, 128, 256])
-def test_a_product_its_sum_and_their_norm_in_one_kernel(N, D):
-    on_hopper()
-    x, weight, stream, norm_weight = some((N, D), (D, D), (N, D), (D,))
-    inputs = x, weight / D**0.5, stream, norm_weight, 1e-5
-
-    def plain(x, weight, stream, norm_weight, eps):
-        return fused.plain_norm(stream, x @ weight.T, norm_weight, eps)
-
+@pytest.mark.parametrize("D, kind", [(64, FP32), (128, BF16), (256, FP32), (256, BF16)])
+def test_a_product_its_sum_and_their_norm_in_one_kernel(N, D, kind):
+    x, weight, stream = some((N, D), (D, D), (N, D))
+    inputs = x, weight / D**0.5, stream, *some((D,), dtype=kind), 1e-5
+    assert fused.can_stay(*inputs[:3])
     found = guarded(fused.launch_product_norm, *inputs)
-    as_near(found, plain(*inputs), plain(*wide(inputs)))
-    for ours, theirs in zip(fused.product_norm(*inputs), found, strict=True):
-        assert torch.equal(ours, theirs)
+    as_near(found, plain_product_norm(*inputs), plain_product_norm(*wide(inputs)))
+    for _ in range(20):
+        assert all(map(torch.equal, fused.product_norm(*inputs), found))
+
+
+@on_hopper
+def test_a_row_that_is_no_number_stays_alone_through_a_product():
+    x, weight, stream, norm_weight = some((200, 256), (256, 256), (200, 256), (256,))
+    x[70, 3] = math.nan
+    turned = fused.product_turned(x, weight, *(t.to(DEVICE) for t in rotary_tables(200, 32)), 8)
+    for found in (turned, *fused.product_norm(x, weight, stream, norm_weight, 1e-5)):
+        bad = found.isnan().view(200, -1)
+        assert bad[70].all() and bad.sum() == bad[70].numel()
 
 
 @pytest.mark.parametrize("D", [24, 64])
@@ -353,8 +369,63 @@ def test_products_that_the_kernels_do_not_take_go_the_plain_way(D):
     fused.plain_rotate(right.view(3, 4, 3 * D), cos, sin, 2)
     assert torch.equal(fused.product_turned(x, weight, cos, sin, 2), right)
     found = fused.product_norm(x, weight[:D], stream, norm_weight, 1e-5)
-    sums = fused.plain_norm(stream, x @ weight[:D].T, norm_weight, 1e-5)
-    assert all(map(torch.equal, found, sums))
+    assert all(
+        map(torch.equal, found, plain_product_norm(x, weight[:D], stream, norm_weight, 1e-5))
+    )
+
+
+@pytest.fixture
+def as_on_hopper(monkeypatch):
+    """Let the choice of a way believe in a Hopper card; what it launches says so and stops."""
+
+    def launched(*_):
+        raise RuntimeError("launched")
+
+    monkeypatch.setattr(fused, "can_at_once", lambda x: x.size(1) in (64, 128, 256))
+    monkeypatch.setattr(fused, "launch_product_turned", launched)
+    monkeypatch.setattr(fused, "launch_product_norm", launched)
+
+
+def by_kernel(way, *inputs):
+    try:
+        way(*inputs)
+    except RuntimeError as error:
+        return str(error) == "launched"  # else the plain way cannot take it either
+    return False
+
+
+def aside(x):
+    """The same numbers at an address that is no multiple of 16 bytes."""
+    return torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape)
+
+
+def test_which_products_with_a_rotation_go_by_the_kernel(as_on_hopper):
+    (x, weight, cos, sin, heads), _ = turning(3, 8, 128, 256, 16, 5)
+    way, longer = fused.product_turned, torch.cat((weight, weight))
+    assert by_kernel(way, x, weight, cos, sin, heads)
+    assert by_kernel(way, x, longer[:128], cos, sin, 4)
+    for inputs in (
+        (x.float(), weight, cos, sin), (x[:20], weight, cos, sin), (x[:0], weight, cos, sin),
+        (x, longer[:192], cos, sin), (x, weight[:, :64], cos, sin), (x, aside(weight), cos, sin),
+        (x, torch.cat((weight, weight), 1)[:, :128], cos, sin), (x, weight.T, cos, sin),
+        (x, weight, cos.T.contiguous().T, sin), (x, weight, cos[:, :6], sin[:, :6]),
+    ):  # fmt: skip
+        assert not by_kernel(way, *inputs, 2)
+
+
+def test_which_products_with_a_norm_go_by_the_kernel(as_on_hopper):
+    x, weight, stream, norm_weight = some((24, 64), (64, 64), (24, 64), (64,))
+    way, two = fused.product_norm, torch.stack((norm_weight, norm_weight), 1)
+    assert by_kernel(way, x, weight, stream, norm_weight, 1e-5)
+    assert by_kernel(way, x, weight, stream, norm_weight.float(), 1e-5)
+    for inputs in (
+        (x, weight, stream[:12], norm_weight), (x, weight, stream.float(), norm_weight),
+        (x, weight, stream, two[:, 0]), (x, aside(weight), stream, norm_weight),
+        (x[:, :32], weight[:, :32], stream, norm_weight), (x[:0], weight, stream[:0], norm_weight),
+        (x, weight[:32], stream[:, :32], norm_weight[:32]),
+        (x.T.contiguous().T, weight, stream, norm_weight),
+    ):  # fmt: skip
+        assert not by_kernel(way, *inputs, 1e-5)
 
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")

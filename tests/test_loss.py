@@ -7,6 +7,7 @@ tests run them for real. Poison surrounds what they read.
 import contextlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from place import DEVICE, ON_GPU, RUNS, on_gpu, with_kernels
 from seeded import one_seed  # noqa: F401
 
 from nanolm import loss
-from nanolm.interpret import SHARED, checked, has_triton, interpreting, poisoned
+from nanolm.interpret import SHARED, Missing, checked, has_triton, interpreting, poisoned
 from nanolm.loss import (
     HOPPER_TILES,
     OTHER_TILES,
@@ -484,6 +485,21 @@ def test_a_target_that_is_no_word_spoils_all_gradients():
     t[3], t[5] = 90, -100
     value, d_x, d_w = loss.launch_loss(x, w, t, -100, True)
     assert value.isnan() and d_x[:5].isnan().all() and d_w.isnan().all()
+
+
+def test_gluon_is_for_hopper_cards_that_have_all_of_it(monkeypatch):
+    x = torch.empty(3, 64, dtype=BF16)
+    monkeypatch.setattr(loss, "interpreting", lambda: False)
+    assert not loss.can_at_once(x)  # on a CPU
+    monkeypatch.setattr(loss, "is_hopper", lambda _: True)
+    assert loss.can_at_once(x) == has_triton() and not loss.can_at_once(x[:, :48])
+    for other in (Missing("hopper"), SimpleNamespace(mbarrier=None)):  # none, and Triton 3.4's
+        monkeypatch.setattr(loss, "hopper", other)
+        assert not loss.can_at_once(x)
+    monkeypatch.undo()
+    monkeypatch.setattr(loss, "is_hopper", lambda _: True)
+    monkeypatch.setattr(loss, "has_triton", lambda: False)
+    assert not loss.can_at_once(x)
 
 
 # ---- compiled for cards that are not here ------------------------------------------------------
