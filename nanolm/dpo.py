@@ -287,7 +287,7 @@ def kl_divergence(model: Transformer, reference: Transformer, ids: Tensor, mask:
     return (p.exp() * (p - q)).sum(-1)
 
 
-# %% book/12-dpo.md, exported cell 9 (7d36a60e)
+# %% book/12-dpo.md, exported cell 9 (90a56027)
 def _option(default: Any, text: str, low: float | None = None, high: float = math.inf) -> Any:
     return field(default=default, metadata={"help": text, "range": (low, high)})
 
@@ -305,10 +305,11 @@ class DPOConfig:
     label_smoothing: float = _option(0.0, "share of the preferences that may be wrong (fraction)")
     epochs: int = _option(1, "times that each pair is seen (count)", 1)
     batch_size: int = _option(4, "pairs of one optimizer step (count)", 1)
+    text_rows: int = _option(1, "windows of the run's old text beside them (count; 0: none)", 0)
     lr: float = _option(2e-4, "peak learning rate (per step)", 0)
     sft_lr: float = _option(2.5e-4, "peak rate of reading the chosen texts first (0: do not)", 0)
     embedding_lr: float = _option(4.0, "learning rate of the embedding, over lr (factor)", 0)
-    min_lr_ratio: float = _option(0.1, "last learning rate over the peak (fraction)", 0, 1)
+    min_lr_ratio: float = _option(1.0, "last learning rate over the peak (fraction)", 0, 1)
     warmup_steps: int = _option(12, "linear warmup (optimizer steps)", 0)
     weight_decay: float = _option(0.0, "decoupled decay of the matrices (per step, times lr)", 0)
     grad_clip: float = _option(0.0, "largest global gradient norm (0: no limit)", 0)
@@ -330,7 +331,7 @@ class DPOConfig:
             raise ValueError(f"name must be a plain folder name, not {self.name!r}")
 
 
-# %% book/12-dpo.md, exported cell 10 (9cb5481a)
+# %% book/12-dpo.md, exported cell 10 (c16db7bb)
 def steps_of(config: DPOConfig, pairs: Sequence[PairIds]) -> int:
     """Optimizer steps in all; the last of an epoch may see fewer pairs."""
     return config.epochs * -(-len(pairs) // config.batch_size)
@@ -350,7 +351,8 @@ class DPORun:
     held_out: list[PairIds]
     logps: Tensor  # by the reference, (N, 2): of the pairs, then of those held out
     prompt: str  # what the samples continue
-    text: Batches | None  # what the source was validated on, if it is there
+    old: Batches | None  # what the source was trained on, if it is there and wanted
+    text: Batches | None  # what it was validated on, if it is there
     step: int = 0
 
     @property
@@ -371,7 +373,7 @@ class DPORun:
         return order[i * size : (i + 1) * size]
 
 
-# %% book/12-dpo.md, exported cell 11 (f00db054)
+# %% book/12-dpo.md, exported cell 11 (0c2cc356)
 def losses_of(run: DPORun, pairs: Sequence[PairIds], logps: Tensor) -> tuple[Tensor, ...]:
     """`dpo_loss` of a batch; one forward pass sees the chosen and the rejected texts."""
     c, device = run.config, next(run.model.parameters()).device
@@ -398,8 +400,12 @@ def dpo_step(run: DPORun) -> dict[str, Any]:
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["factor"]
     losses, *rewards = losses_of(run, [run.pairs[i] for i in chosen], run.logps[chosen])
+    loss = losses.mean()
+    if run.old:
+        device = next(run.model.parameters()).device
+        loss = loss + run.model.loss(*to_device(run.old.batch(run.step), device))
     run.optimizer.zero_grad(set_to_none=True)
-    losses.mean().backward()
+    loss.backward()
     norm = clip_grad_norm(run.model.parameters(), c.grad_clip or float("inf")).item()
     row = preference_metrics(losses.detach(), *rewards)
     run.step += 1
@@ -436,7 +442,7 @@ def evaluate_pairs(run: DPORun) -> dict[str, Any]:
     return row | text_loss(run.model, run.text)
 
 
-# %% book/12-dpo.md, exported cell 13 (91d376d9)
+# %% book/12-dpo.md, exported cell 13 (c0f50a65)
 def dpo_folder(run: str | Path, config: DPOConfig) -> Path:
     """The folder of the run that `nanolm dpo` makes of another."""
     run = Path(run)
@@ -451,7 +457,7 @@ def load_dpo(folder: str | Path) -> DPOConfig:
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_bytes())["dpo"]
-        return DPOConfig(**config)
+        return DPOConfig(**{"text_rows": 0} | config)  # runs from before that option had none
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not of a run that nanolm dpo began: {error}") from None
 
@@ -535,9 +541,10 @@ def make_reference(
     return load_checkpoint(place, device, log=log).model
 
 
-# %% book/12-dpo.md, exported cell 16 (29caa9ac)
+# %% book/12-dpo.md, exported cell 16 (22207172)
 FIXED = (
-    "pairs", "held_out", "loss_type", "beta", "label_smoothing", "batch_size", "seed", "sft_lr",
+    "pairs", "held_out", "loss_type", "beta", "label_smoothing", "batch_size", "text_rows", "seed",
+    "sft_lr",
 )  # fmt: skip
 
 
@@ -558,6 +565,7 @@ def open_dpo(source: str | Path, config: DPOConfig, resume: bool, log: Log) -> D
     if config.warmup_steps >= steps:
         raise ValueError(f"warmup_steps {config.warmup_steps} must be under {steps}, all there are")
     text = source_text(home, "val", 8, size)
+    known = source_text(home, "train", config.text_rows, size) if config.text_rows else None
     folder.mkdir(parents=True, exist_ok=True)
     if not resume:
         append_metrics(folder, {"step": -1, **text_loss(base.model, text)})
@@ -568,7 +576,7 @@ def open_dpo(source: str | Path, config: DPOConfig, resume: bool, log: Log) -> D
     prompt = base.tokenizer.decode(held_out[0].prompt[-size // 2 :])
     run = DPORun(
         config, folder, base.tokenizer, model, reference, optimizer, pairs, held_out, logps, prompt,
-        text,
+        known, text,
     )  # fmt: skip
     if resume:
         restore(run, log)

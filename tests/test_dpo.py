@@ -163,7 +163,8 @@ def test_what_is_no_text_and_what_is_no_file(tmp_path):
     ("name", "value"),
     [("beta", 0.0), ("beta", -1.0), ("beta", float("nan")), ("beta", float("inf"))]
     + [("label_smoothing", 0.5), ("label_smoothing", -0.1), ("loss_type", "hinge")]
-    + [("batch_size", 0), ("epochs", 0), ("lr", float("nan")), ("lr", -1.0), ("keep", 0)],
+    + [("batch_size", 0), ("epochs", 0), ("lr", float("nan")), ("lr", -1.0), ("keep", 0)]
+    + [("text_rows", -1)],
 )
 def test_a_bad_option_is_refused_by_its_name(name, value):
     with pytest.raises(ValueError, match=name):
@@ -492,6 +493,55 @@ def test_reading_keeps_hold_of_the_old_text(source, config):
     assert dpo.text_loss(model, None) == {}
 
 
+def test_old_text_beside_the_pairs_is_kept_in_mind(source, config):
+    losses, steps = {}, {}
+    for rows in (0, 2):
+        given = replace(config, name=f"{rows}", text_rows=rows, lr=1e-2)
+        found = metrics(train_dpo(source, given, log=quiet))
+        losses[rows] = [row["text_loss"] for row in found if "text_loss" in row][-1]
+        steps[rows] = [row for row in found if "grad_norm" in row]
+    assert losses[2] < losses[0] - 0.1
+    assert [s[0]["loss"] for s in steps.values()] == [pytest.approx(math.log(2), abs=1e-3)] * 2
+    assert steps[0][0]["grad_norm"] != steps[2][0]["grad_norm"]  # but its gradient is there
+
+
+def test_a_step_adds_the_loss_of_one_window_that_no_other_step_has(source, config):
+    given = replace(config, text_rows=1, lr=0.0)
+    run = dpo.open_dpo(source, given, False, quiet)
+    seen, whole = [], run.model.loss
+    run.model.loss = lambda x, y: seen.append((x, y)) or whole(x, y)
+    for step in range(3):
+        want = whole(*(part for part in run.old.batch(step)))
+        rows = run.batch(step)
+        want = want + dpo.losses_of(run, [run.pairs[i] for i in rows], run.logps[rows])[0].mean()
+        grads = torch.autograd.grad(want, list(run.model.parameters()))
+        dpo.dpo_step(run)
+        for p, grad in zip(run.model.parameters(), grads, strict=True):
+            assert torch.allclose(p.grad, grad, atol=1e-6)
+    assert [x.shape for x, _ in seen] == [(1, 96)] * 3
+    assert len({tuple(x[0].tolist()) for x, _ in seen}) == 3
+    val = dpo.source_text(source, "val", 1, 96)
+    assert len(run.old.data) > len(val.data)  # what it was trained on, not what it is tested on
+
+
+def test_without_the_old_text_the_pairs_are_enough(source, config, monkeypatch):
+    assert dpo.open_dpo(source, replace(config, text_rows=0), False, quiet).old is None
+    monkeypatch.setattr(dpo, "source_text", lambda *a: None)
+    run = train_dpo(source, replace(config, name="alone", text_rows=3, sft_lr=1e-3), log=quiet)
+    assert not any("text_loss" in row for row in metrics(run)) and load_checkpoint(run).step == 14
+
+
+def test_a_run_from_before_there_was_old_text_goes_on_without(source, config):
+    run = train_dpo(source, replace(config, text_rows=0), log=quiet)
+    path = run / "config.json"
+    old = json.loads(path.read_text())
+    del old["dpo"]["text_rows"]
+    path.write_text(json.dumps(old))
+    assert dpo.load_dpo(run) == replace(config, text_rows=0)
+    with pytest.raises(ValueError, match="text_rows is 0"):
+        train_dpo(source, replace(config, text_rows=1), resume=True, log=quiet)
+
+
 def test_reading_is_clipped_whatever_the_pairs_are(source, config, monkeypatch):
     limits, clip = [], dpo.clip_grad_norm
     monkeypatch.setattr(dpo, "clip_grad_norm", lambda ps, m: limits.append(m) or clip(ps, m))
@@ -507,7 +557,7 @@ def test_no_step_is_cut_unless_asked(source, config):
     sizes = defaultdict(list)
     for limit in (0.0, 1e-3):
         for h in (30.0, -30.0):  # pairs long settled, pairs all wrong
-            given = replace(config, name=f"{limit} {h}", grad_clip=limit)
+            given = replace(config, name=f"{limit} {h}", grad_clip=limit, text_rows=0)
             run = dpo.open_dpo(source, given, False, quiet)
             run.logps[:, 0] -= h
             row = dpo.dpo_step(run)
