@@ -1,4 +1,4 @@
-# The seal of all that stands in no cell: f03c70c4
+# The seal of all that stands in no cell: b8187750
 """`nanolm.train`, derived in the book, where each line has its reason:
 
 - book/09-train.md: The training loop
@@ -8,6 +8,7 @@ with `python -m nanolm.tangle --update`.
 """
 
 import errno
+import gc
 import json
 import math
 import os
@@ -659,7 +660,19 @@ def equal_bits(wanted: bool) -> Iterator[None]:
             inductor.deterministic = chosen
 
 
-# %% book/09-train.md, exported cell 22 (c8767fa7)
+# %% book/09-train.md, exported cell 22 (f8e78c6a)
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Spare Python's garbage collector the objects that exist by now."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+# %% book/09-train.md, exported cell 23 (008ede33)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -672,7 +685,8 @@ def run_steps(run: Run, log: Log, progress: bool) -> None:
         with bar.external_write_mode(file=sys.stdout):
             log(line)
 
-    with bar, caught_signals(once=run.team.size == 1) as caught, run.saver:
+    caught_here = caught_signals(once=run.team.size == 1)
+    with frozen_objects(), bar, caught_here as caught, run.saver:
         while run.step < total:
             train_step(run)
             run.saver.check()

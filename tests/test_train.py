@@ -1,5 +1,6 @@
 """The training loop: nothing is lost, nothing disturbs it, and bad input costs one line."""
 
+import gc
 import hashlib
 import importlib
 import json
@@ -312,6 +313,15 @@ def test_log_lines_and_boxed_samples(config):
     boxes = [line for line in lines if line.startswith("┌─ step")]
     assert [box[:10] for box in boxes] == ["┌─ step 12", "┌─ step 24"]
     assert all("│ Fox" in box for box in boxes)
+
+
+def test_the_garbage_collector_is_spared_what_was_there_before(config):
+    counts = []
+    train(MODEL, config, log=lambda line: counts.append(gc.get_freeze_count()))
+    assert max(counts) > 10_000 and gc.get_freeze_count() == 0
+    with pytest.raises(KeyError), loop.frozen_objects():
+        raise KeyError
+    assert gc.get_freeze_count() == 0
 
 
 def test_metrics_have_a_line_for_each_step(whole):
